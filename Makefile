@@ -1,0 +1,72 @@
+# Everything a developer runs. `make help` lists it.
+
+VENV ?= .venv
+RUN ?= runs/digits
+BUNDLE ?= bundles/digits
+# The first of these that is Python 3.11 or newer; PYTHON=... chooses another.
+PYTHON ?= $(firstword $(foreach candidate,python3 python3.11 python3.12 python3.13 python3.14,\
+	$(shell $(candidate) -c 'import sys; print("$(candidate)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+VISION := $(VENV)-vision
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs test-vision clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## /\1\t/' | expand -t 14
+
+# The stamp is newer than what it was installed from, so that nothing is installed twice.
+$(STAMP): pyproject.toml constraints.txt
+	$(call environment,$(VENV),dev)
+
+$(VISION)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(VISION),dev$(,)vision)
+
+, := ,
+define environment
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "deploykit needs Python 3.11 or newer; found: $$(python3 --version 2>&1)." \
+			"Install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@echo "setting up $(1)"
+	@rm -f $(1)/.installed
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[$(2)]'
+	@touch $(1)/.installed
+endef
+
+demo: $(STAMP) ## train, prune, quantize, export, verify and predict a digit
+	$(BIN)/deploykit compress recipes/digits.yaml --out $(RUN) --force
+	$(BIN)/deploykit export $(RUN) --out $(BUNDLE) --force
+	$(BIN)/deploykit verify $(BUNDLE)
+	$(BIN)/deploykit predict $(BUNDLE) $(BUNDLE)/golden/000.png
+	@echo
+	@echo "run:    $(RUN) (open $(RUN)/report.html)"
+	@echo "bundle: $(BUNDLE) (copy it anywhere; python run.py selftest)"
+
+test: $(STAMP) ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP) ## check types
+	$(BIN)/mypy
+
+docs: $(STAMP) ## write docs/recipe.md from the models
+	$(BIN)/python -m deploykit.recipe.document > docs/recipe.md.new
+	mv docs/recipe.md.new docs/recipe.md
+
+bench-%: $(STAMP) ## run benchmarks/NAME.py and keep its table in benchmarks/results
+	@test -f benchmarks/$*.py || { echo "there is no benchmarks/$*.py" >&2; exit 1; }
+	$(BIN)/python benchmarks/$*.py
+
+test-vision: $(VISION)/.installed ## test torchvision and timm models in their own environment
+	$(VISION)/bin/python -m pytest -m vision
+
+clean: ## remove environments, runs and bundles
+	rm -rf $(VENV) $(VISION) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis

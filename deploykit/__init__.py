@@ -1,0 +1,22 @@
+"""deploykit: from a PyTorch model and data to a small, fast, proven model.
+
+The names below load on first use, so that importing deploykit stays cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from deploykit.api import compress as compress
+    from deploykit.api import export as export
+    from deploykit.api import load_bundle as load_bundle
+
+__all__ = ["__version__", "compress", "export", "load_bundle"]
+
+
+def __getattr__(name: str) -> object:
+    if name in {"compress", "export", "load_bundle"}:
+        return getattr(import_module("deploykit.api"), name)
+    raise AttributeError(f"module 'deploykit' has no attribute {name!r}")
