@@ -1,0 +1,258 @@
+"""Write, verify and load a bundle: the folder that ships.
+
+The format and its reader are ``deploykit.runtime``, whose file is the bundle's runner; the
+bytes of the single files are made in ``bundle_files`` and ``bundle_readme``. Loads without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit import __version__, runtime
+from deploykit.artifacts import JsonDict, OnnxModel
+from deploykit.bundle_files import Golden as Golden
+from deploykit.bundle_files import golden_files, min_onnxruntime, seal
+from deploykit.bundle_readme import readme
+from deploykit.errors import (
+    BundleError,
+    DataError,
+    DeploykitError,
+    MissingDependency,
+    VerificationError,
+)
+from deploykit.publish import publish_folder, refuse_existing
+
+BATCH_SIZE = 32
+Sample = np.ndarray | Path | str | bytes
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Answers for ``N`` samples.
+
+    Attributes:
+        labels: the likeliest class of each sample.
+        probabilities: ``(N, classes)``, float64.
+        logits: ``(N, classes)``, as the model gave them.
+        classes: the class names in the order of the logits; empty where there are none.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: np.ndarray
+    logits: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def top(self, count: int = 3) -> list[list[JsonDict]]:
+        """Return the ``count`` likeliest classes of each sample, best first."""
+        return [runtime.rank(one, self.classes, count) for one in self.probabilities]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified, opened bundle."""
+
+    manifest: JsonDict
+    session: Any
+
+    def predict(self, samples: Sample | Sequence[Sample]) -> Prediction:
+        """Classify samples.
+
+        Args:
+            samples: one sample or a list of them: the path or the bytes of an image file
+                (``.npy`` where the model takes arrays), or an array as the model takes it;
+                or one array of a whole batch.
+
+        Returns:
+            One answer a sample, in order.
+
+        Raises:
+            DataError: a sample cannot be used.
+
+        Example:
+            >>> load_bundle("bundles/digits").predict("seven.png").labels
+            ('7',)
+        """
+        rows = [row for sample in _listed(samples) for row in self._rows(sample)]
+        if not rows:
+            raise DataError("predict: expected at least one sample, got none")
+        with told_as_deploykit():
+            logits = np.concatenate(
+                [
+                    runtime.run_model(self.session, np.stack(rows[start : start + BATCH_SIZE]))
+                    for start in range(0, len(rows), BATCH_SIZE)
+                ]
+            )
+        probabilities = runtime.softmax(logits)
+        classes = tuple(self.manifest["labels"])
+        best = tuple(runtime.rank(one, classes, 1)[0]["label"] for one in probabilities)
+        return Prediction(best, probabilities, logits, classes)
+
+    def _rows(self, sample: Sample) -> Sequence[np.ndarray]:
+        """Turn one argument into samples without batch axis."""
+        with told_as_deploykit():
+            if isinstance(sample, bytes):
+                return [runtime.read_sample(sample, self.manifest)]
+            if isinstance(sample, (str, Path)):
+                return [runtime.read_input(str(sample), self.manifest)]
+        return self._checked(sample)
+
+    def _checked(self, array: np.ndarray) -> Sequence[np.ndarray]:
+        spec = self.manifest["inputs"][0]
+        shape, dtype = tuple(spec["shape"][1:]), np.dtype(spec["dtype"])
+        batch = array[np.newaxis] if array.ndim == len(shape) else array
+        # Pixels are taken as they are: floats from 0 to 1 would turn into black.
+        fits = array.dtype == dtype or (
+            dtype != np.uint8 and np.can_cast(array.dtype, dtype, "same_kind")
+        )
+        if batch.shape[1:] != shape or not fits:
+            raise DataError(
+                f"predict: expected {dtype} of shape {shape} or a batch of it, "
+                f"got {array.dtype} of shape {array.shape}"
+            )
+        return list(batch.astype(dtype))
+
+
+def write_bundle(
+    model: OnnxModel,
+    destination: Path,
+    *,
+    name: str,
+    version: str,
+    target: str,
+    threads: int,
+    task: str,
+    measured: Mapping[str, Any],
+    measured_on: Mapping[str, Any] | None,
+    verified_on: Mapping[str, Any],
+    tolerance: Mapping[str, Any],
+    golden: Golden,
+    force: bool = False,
+) -> Path:
+    """Write a bundle, verify it, and only then let it appear at ``destination``.
+
+    Identical arguments give identical bytes.
+
+    Args:
+        model: one ONNX file without external data.
+        destination: the bundle's folder.
+        name: as in the recipe.
+        version: of the model, such as ``1.0``.
+        target: where it will run.
+        threads: that latencies were measured with, and that the runner uses.
+        task: as in the recipe.
+        measured: accuracy, latency, size: whatever the manifest and the README tell.
+        measured_on: the machine of the latencies; ``None`` where none were taken.
+        verified_on: where the numerics were verified.
+        tolerance: ``max_abs`` bounds the difference of logits; ``top1``, ``steps``, ``scale``.
+        golden: samples with the answers of the model.
+        force: replace a bundle that stands there.
+
+    Returns:
+        ``destination``.
+
+    Raises:
+        UsageError: ``destination`` exists, or cannot be written.
+        BundleError: the model cannot be opened, or has another border than its signature.
+        VerificationError: the model does not give the golden answers.
+    """
+    refuse_existing(destination, force)
+    model_bytes = model.path.read_bytes()
+    manifest = {
+        "schema": runtime.SCHEMA,
+        "name": name,
+        "version": version,
+        "target": target,
+        "threads": threads,
+        "task": task,
+        "opset": model.opset,
+        "min_onnxruntime": min_onnxruntime(model_bytes),
+        **model.signature.to_json(),
+        "measured": dict(measured),
+        "measured_on": None if measured_on is None else dict(measured_on),
+        "verified_on": {"deploykit": __version__, **verified_on},
+        "tolerance": dict(tolerance),
+    }
+    contents = {runtime.MODEL: model_bytes, **golden_files(golden), runtime.RUNNER: _runner()}
+    contents["README.md"] = readme(manifest, sorted(contents)).encode()
+    with publish_folder(destination, force=force) as staging:
+        (staging / "golden").mkdir()
+        for file, data in contents.items():
+            (staging / file).write_bytes(data)
+        (staging / runtime.MANIFEST).write_bytes(seal(manifest, contents))
+        verify_bundle(staging)
+    return destination
+
+
+def verify_bundle(path: Path) -> JsonDict:
+    """Verify a bundle as strictly as can be: files, runner, golden samples.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        BundleError: the folder is not what its manifest says, or the runner is not the one
+            that the bundle's version of deploykit ships.
+        VerificationError: the model does not give the golden answers.
+        MissingDependency: onnxruntime is too old for the model.
+    """
+    with told_as_deploykit():
+        manifest, contents = runtime.read_bundle(Path(path))
+        # A runner cannot vouch for itself. Another version's is known by its hash alone.
+        same_version = manifest["verified_on"].get("deploykit") == __version__
+        if same_version and contents[runtime.RUNNER] != _runner():
+            raise BundleError(
+                f"{path}: {runtime.RUNNER}: expected the runner of deploykit {__version__}, found "
+                "another; export the bundle again",
+                altered=[runtime.RUNNER],
+            )
+        session = runtime.open_model(manifest, contents, manifest["threads"])
+        runtime.check_golden(manifest, contents, session)
+    return manifest
+
+
+def load_bundle(path: Path | str, threads: int | None = None) -> Bundle:
+    """Open a bundle after verifying its files; what was verified is what is opened.
+
+    Args:
+        path: the bundle's folder.
+        threads: of a prediction; default: those of the manifest.
+
+    Raises:
+        BundleError: the folder is not what its manifest says.
+        MissingDependency: onnxruntime is too old for the model.
+    """
+    with told_as_deploykit():
+        manifest, contents = runtime.read_bundle(Path(path))
+        threads = threads or manifest["threads"]
+        return Bundle(manifest, runtime.open_model(manifest, contents, threads))
+
+
+@contextmanager
+def told_as_deploykit() -> Iterator[None]:
+    """Turn the runner's errors into deploykit's."""
+    try:
+        yield
+    except runtime.BrokenBundleError as error:
+        raise BundleError(str(error), error.missing, error.extra, error.altered) from error
+    except runtime.RunnerError as error:
+        kinds: dict[int, type[DeploykitError]] = {3: DataError, 4: VerificationError}
+        raise kinds.get(error.exit_code, MissingDependency)(str(error)) from error
+
+
+def _listed(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
+    if isinstance(samples, (np.ndarray, Path, str, bytes)):
+        return [samples]
+    return samples
+
+
+def _runner() -> bytes:
+    return Path(runtime.__file__).read_bytes()

@@ -1,0 +1,250 @@
+"""Publish files and folders so that a reader sees the old one or the new one, always whole.
+
+Everything is written beside its destination, forced to the disk, and then renamed. What a
+killed process left behind is removed by the next one that publishes to the same place.
+"""
+
+import ctypes
+import errno
+import fcntl
+import glob
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import UsageError
+
+# A folder that holds one of these was made here, and so may be replaced by --force.
+OUR_FILES = ("manifest.json", "recipe.yaml", "structure.json")
+LOCK = ".lock"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the file at ``path`` by ``data``, wholly or not at all.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    with _told_as_usage(path):
+        _remove_dead(path.parent, path.name, "tmp")
+        staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with staging.open("xb") as file:
+                _lock(file.fileno())
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file at ``path`` by readable JSON: indented, keys sorted, no NaN."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def refuse_existing(destination: Path, force: bool) -> None:
+    """Refuse a destination that stands already, before any work is done for it.
+
+    With ``force`` a folder that deploykit made, or an empty one, may be replaced; a link, a
+    file and a folder of something else may not, lest a mistyped path destroy it.
+
+    Raises:
+        UsageError: it may not be replaced.
+    """
+    with _told_as_usage(destination):
+        if not os.path.lexists(destination):
+            return
+        if not force:
+            raise UsageError(
+                f"{destination}: exists already; choose another place, or replace it with --force"
+            )
+        ours = destination.is_dir() and (
+            any((destination / name).is_file() for name in OUR_FILES)
+            or {entry.name for entry in destination.iterdir()} <= {LOCK}
+        )
+        if destination.is_symlink() or not ours:
+            raise UsageError(
+                f"{destination}: expected a folder that deploykit made, found something else; "
+                "choose another place or remove it yourself"
+            )
+
+
+@contextmanager
+def publish_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give an empty folder to write in, which then becomes ``destination`` in one step.
+
+    If the block raises, nothing of it stays and ``destination`` is as it was.
+
+    Args:
+        destination: where the folder will stand; its parent is made if need be.
+        force: replace what stands there, as ``refuse_existing`` allows.
+
+    Yields:
+        The folder to write in, on the same filesystem.
+
+    Raises:
+        UsageError: ``destination`` exists, or cannot be written.
+    """
+    refuse_existing(destination, force)
+    with _told_as_usage(destination):
+        destination = destination.absolute()
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _guard(destination.parent):
+            staging, lock = _make_staging(destination)
+        try:
+            yield staging
+            _sync_tree(staging)
+            with _guard(destination.parent):
+                refuse_existing(destination, force)
+                _swap(staging, destination)
+            _sync(destination.parent)
+        finally:
+            # After an exchange this is the old folder.
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Hold the folder ``path`` alone; a lock vanishes with the process that holds it.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with _told_as_usage(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _lock(descriptor):
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise UsageError(
+                f"{path}: process {holder} works in it; wait for it or choose another folder"
+            )
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+        os.truncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _told_as_usage(path: Path) -> Iterator[None]:
+    """Tell what the file system refuses (full, read-only, no such folder) in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or path}: cannot be written: {error.strerror or error}; "
+            "free the place or choose another"
+        ) from error
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _guard(parent: Path) -> Iterator[None]:
+    """Let one process at a time make stagings in ``parent`` and swap them in."""
+    descriptor = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_staging(destination: Path) -> tuple[Path, int]:
+    """Make a locked folder beside the destination, and clear up after dead processes."""
+    parent, name = destination.parent, destination.name
+    for aside in parent.glob(_pattern(name, "old")):
+        # Killed between the two renames of _swap: the old folder has no other name.
+        if destination.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(destination)
+    _remove_dead(parent, name, "staging")
+    staging = destination.with_name(f".{name}.{secrets.token_hex(4)}.staging")
+    staging.mkdir()
+    lock = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
+    _lock(lock)
+    return staging, lock
+
+
+def _pattern(name: str, suffix: str) -> str:
+    return f".{glob.escape(name)}.????????.{suffix}"
+
+
+def _remove_dead(parent: Path, name: str, suffix: str) -> None:
+    """Remove what nobody holds a lock on any more: its writer was killed."""
+    for stale in parent.glob(_pattern(name, suffix)):
+        with suppress(OSError):
+            descriptor = os.open(stale, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _swap(staging: Path, destination: Path) -> None:
+    """Put ``staging`` in the place of ``destination``; what stood there takes its name."""
+    if not destination.exists():
+        staging.rename(destination)
+    elif not _exchange(staging, destination):
+        # Without the system's exchange the place is empty for a moment.
+        aside = staging.with_suffix(".old")
+        destination.rename(aside)
+        try:
+            staging.rename(destination)
+        except BaseException:
+            aside.rename(destination)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Exchange two folders in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    paths = (os.fsencode(left), os.fsencode(right))
+    if libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
+        return False
+    raise OSError(code, os.strerror(code), str(right))
+
+
+def _sync_tree(folder: Path) -> None:
+    """Force a folder to the disk, its manifest last: with it there, everything is."""
+    paths = sorted(folder.rglob("*"), key=lambda path: (path == folder / OUR_FILES[0], path))
+    for path in paths:
+        if not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,44 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from deploykit import doctor as module
+from deploykit.doctor import doctor, render
+from deploykit.targets import TARGETS
+
+
+def test_doctor_answers_in_json_with_a_known_target():
+    found = json.loads(json.dumps(doctor()))
+    assert found["target"] in TARGETS
+    assert found["cores"] >= 1
+    assert "CPUExecutionProvider" in found["providers"]
+    assert found["versions"]["numpy"]
+
+
+def test_rendering_names_target_and_versions():
+    text = render(doctor())
+    assert doctor()["target"] in text
+    assert doctor()["versions"]["numpy"] in text
+
+
+def test_rendering_holds_where_nothing_is_known():
+    bare = {"cpu": None, "flags": [], "cores": 1, "memory_bytes": None, "target": "cpu-arm64"}
+    text = render({**bare, "providers": [], "gpus": [], "versions": {"torch": None}, "system": "x"})
+    assert "none: pip install onnxruntime" in text
+    assert "not installed" in text
+
+
+def test_doctor_imports_no_torch():
+    code = "import sys, deploykit.doctor as d; d.doctor(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("failure", [FileNotFoundError(), subprocess.TimeoutExpired("x", 1)])
+def test_absent_or_stuck_gpu_driver_is_no_gpu(monkeypatch, failure):
+    def fail(*_arguments, **_options):
+        raise failure
+
+    monkeypatch.setattr(module.subprocess, "run", fail)
+    assert doctor()["gpus"] == []
