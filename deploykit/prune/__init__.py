@@ -1,0 +1,7 @@
+"""Removal of whole channels: ``prune`` is the stage, ``prune_channels`` its one step."""
+
+from deploykit.prune.channels import prune_channels
+from deploykit.prune.notes import PruneNotes
+from deploykit.prune.stage import prune
+
+__all__ = ["PruneNotes", "prune", "prune_channels"]

@@ -1,0 +1,163 @@
+"""One step of pruning: which groups may lose channels, which do, and the smaller module."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from deploykit.errors import CompressionError
+from deploykit.models.modes import evaluating
+from deploykit.prune.graph import Graph
+from deploykit.prune.groups import match_modules, rank_groups, set_gradients
+from deploykit.prune.notes import PruneNotes, count_macs, count_parameters
+from deploykit.prune.selection import Prunable, select_channels
+from deploykit.prune.trial import Twin
+from deploykit.widths import output_width, read_widths
+
+
+def prune_channels(
+    module: nn.Module,
+    example: Tensor,
+    *,
+    channel_ratio: float,
+    importance: Literal["l1", "l2", "taylor"] = "l2",
+    scope: Literal["global", "uniform"] = "global",
+    channel_multiple: int = 1,
+    protect: Sequence[str] = (),
+    gradients: Mapping[str, Tensor] | None = None,
+    initial_widths: Mapping[str, Mapping[str, int]] | None = None,
+) -> tuple[nn.Module, PruneNotes]:
+    """Remove the least important channels from a copy of ``module``.
+
+    Channels of layers that depend on each other go together. A group that cannot be pruned
+    rightly is left alone and named in the notes; so is what carries the model's output.
+
+    Args:
+        module: takes ``example``, returns one tensor.
+        example: float input of one sample or more, ``(N, C, H, W)`` for images.
+        channel_ratio: share of the channels of all prunable groups to have gone, 0 to 1.
+        importance: norm of the weights, or the first-order change of the loss.
+        scope: rank over all groups, or take the same share of each.
+        channel_multiple: widths end on multiples of it, rounded up.
+        protect: shell patterns over module names; a match keeps inputs and outputs.
+        gradients: of the loss, by parameter name; needed for ``taylor``.
+        initial_widths: what ``channel_ratio`` is a share of, as `read_widths` gives it;
+            the module's own by default.
+
+    Returns:
+        The pruned copy, in evaluation mode, and what was done.
+
+    Raises:
+        CompressionError: a pattern fits no module, nothing can be pruned, or the pruned model
+            does not run.
+
+    Example:
+        >>> smaller, notes = prune_channels(module, torch.randn(2, 3, 32, 32), channel_ratio=0.5)
+        >>> notes.macs
+        (126549120, 61230464)
+    """
+    initial = initial_widths or read_widths(module)
+    protected = match_modules(module, protect)
+    pruned = copy.deepcopy(module)
+    graph, twin = Graph(pruned, example), Twin(module, example)
+    set_gradients(pruned, importance, gradients)
+    prunable, left_alone = rank_groups(
+        graph,
+        twin,
+        importance=importance,
+        protected=protected,
+        initial_widths=initial,
+        channel_multiple=channel_multiple,
+    )
+    select = partial(
+        select_channels,
+        channel_ratio=channel_ratio,
+        scope=scope,
+        channel_multiple=channel_multiple,
+    )
+    for root, channels in _proven_selection(twin, prunable, select, left_alone).items():
+        graph.group(root, channels).prune(record_history=False)
+    _restore_gradients(pruned, module)
+    check_outputs(module, pruned, example)
+    after = read_widths(pruned)
+    total = sum(group.initial_width for group in prunable)
+    kept = sum(output_width(after[group.root]) for group in prunable)
+    notes = PruneNotes(
+        channel_ratio=channel_ratio,
+        achieved_ratio=(total - kept) / total if total else 0.0,
+        widths=narrowed(initial, after),
+        left_alone=left_alone,
+        macs=(count_macs(module, example), count_macs(pruned, example)),
+        parameters=(count_parameters(module), count_parameters(pruned)),
+    )
+    return pruned, notes
+
+
+def _restore_gradients(pruned: nn.Module, module: nn.Module) -> None:
+    """Freeze again what was frozen, and drop the gradients that importance needed."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+        parameter.grad = None
+
+
+def check_outputs(module: nn.Module, pruned: nn.Module, example: Tensor) -> None:
+    """Run the pruned model at batches of 1 and 3 and compare the shapes of its outputs.
+
+    Raises:
+        CompressionError: it does not run, or its outputs have another shape.
+    """
+    for batch in (1, 3):
+        sample = example[:1].expand(batch, *example.shape[1:])
+        with torch.no_grad(), evaluating(module):
+            expected = tuple(module(sample).shape)
+            try:
+                got = tuple(pruned.eval()(sample).shape)
+            except Exception as error:
+                raise CompressionError(
+                    f"prune: the pruned model does not run at batch {batch} ({error}); name the "
+                    "layers to leave whole under prune.protect"
+                ) from error
+        if expected != got:
+            raise CompressionError(
+                f"prune: expected outputs of shape {expected} at batch {batch}, got {got}; name "
+                "the layers to leave whole under prune.protect"
+            )
+
+
+def narrowed(
+    before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
+) -> dict[str, tuple[int, int]]:
+    """Return output widths before and after, of the layers where they differ."""
+    pairs = {
+        name: (output_width(before[name]), output_width(widths))
+        for name, widths in after.items()
+        if "out_channels" in widths or "out_features" in widths
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _proven_selection(
+    twin: Twin,
+    prunable: list[Prunable],
+    select: Callable[[Sequence[Prunable]], dict[str, list[int]]],
+    left_alone: dict[str, str],
+) -> dict[str, list[int]]:
+    """Select channels whose removal holds on the twin; groups that fail move to ``left_alone``."""
+    while removal := select(prunable):
+        if not (together := twin.fault(removal)):
+            return removal
+        faults = {root: twin.fault({root: channels}) for root, channels in removal.items()}
+        faulty = {root: fault for root, fault in faults.items() if fault}
+        if not faulty:
+            raise CompressionError(
+                f"prune: groups that can be pruned alone cannot be pruned together ({together}); "
+                "name some of their layers under prune.protect"
+            )
+        for group in [group for group in prunable if group.root in faulty]:
+            left_alone[group.label] = faulty[group.root]
+            prunable.remove(group)
+    return {}
