@@ -1,0 +1,43 @@
+"""What a model costs whatever runs it: bytes, parameters, multiplications."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from deploykit.artifacts import OnnxModel
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def size_bytes(model: OnnxModel) -> int:
+    """Return the size of the ONNX file."""
+    return model.path.stat().st_size
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of learned values; a shared one counts once, buffers not at all."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, example: Tensor) -> int:
+    """Count the multiply-accumulates of one sample's forward pass.
+
+    Convolutions, linear layers, matrix products and attention count; a bias, a normalization or
+    an activation does not.
+
+    Args:
+        module: left as it is; a copy runs, in evaluation mode.
+        example: at least one sample ``(N, ...)``; the first one is used.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # By attribute: exported graphs refuse .eval().
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        part.training = False
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(example[:1])
+    return int(counter.get_total_flops()) // 2
