@@ -26,10 +26,12 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def to_json(self) -> JsonDict:
+        """Return plain JSON."""
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
+        """Read what `to_json` wrote."""
         return cls(value["name"], value["dtype"], tuple(value["shape"]))
 
 
@@ -50,9 +52,11 @@ class Signature:
 
     @property
     def takes_images(self) -> bool:
+        """Whether clients send raw pixels."""
         return self.preprocess is not None
 
     def to_json(self) -> JsonDict:
+        """Return plain JSON."""
         return {
             "inputs": [spec.to_json() for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
@@ -62,6 +66,7 @@ class Signature:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Signature:
+        """Read what `to_json` wrote."""
         return cls(
             inputs=tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
             outputs=tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
@@ -120,6 +125,7 @@ class Report:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> JsonDict:
+        """Return the content of ``report.json``."""
         return {
             "schema": 1,
             "name": self.name,

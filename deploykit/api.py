@@ -1,0 +1,197 @@
+"""The Python functions behind the commands, on the same objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.artifacts import JsonDict
+from deploykit.bundle import load_bundle
+from deploykit.errors import UsageError
+from deploykit.job import Run, run_recipe
+from deploykit.progress import Progress
+from deploykit.recipe import Recipe, load_recipe, parse_recipe
+from deploykit.recipe.paths import with_absolute_paths
+from deploykit.ship import export_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploykit.data import Dataset
+
+__all__ = ["Run", "compress", "compress_recipe", "export", "load_bundle"]
+
+
+SPLITS = {"train", "validation", "test"}
+
+
+def compress(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    out: Path | str,
+    name: str = "model",
+    seed: int = 0,
+    target: str = "cpu",
+    threads: int = 1,
+    weights: Path | str | None = None,
+    augment: Sequence[Mapping[str, Any]] = (),
+    normalize: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+    prune: Mapping[str, Any] | None = None,
+    quantize: Mapping[str, Any] | None = None,
+    verify: Mapping[str, Any] | None = None,
+    budget: Mapping[str, Any] | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Train and compress a model of your own.
+
+    Args:
+        model: a module that takes normalized float ``(N, C, H, W)`` (or arrays) and returns
+            logits; it is copied, never altered. Or a name as in a recipe's ``model.name``,
+            such as ``path/to/file.py:function``: only then can another process rebuild the
+            candidates of the run.
+        data: a ``deploykit.data.Dataset``, or ``{"train": (x, y), "validation": (x, y), "test":
+            (x, y)}`` of numpy arrays: uint8 images ``(n, H, W[, C])`` or float features.
+        out: the run's folder.
+        name: of the run and its bundle.
+        seed: all randomness follows from it.
+        target: where the model will run.
+        threads: of every latency figure.
+        weights: for a model given by name.
+        augment: as a recipe's ``data.augment``.
+        normalize: ``mean`` and ``std`` on the 0 to 1 scale, for images given as arrays.
+        train: as the recipe's section of that name; None skips the stage.
+        prune: likewise.
+        quantize: likewise.
+        verify: likewise.
+        budget: likewise.
+        force: replace a run that stands at ``out``.
+        resume: continue an interrupted run.
+        progress: who is told how far it is; default: nobody.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        DeploykitError: see `deploykit.errors`.
+
+    Example:
+        >>> run = compress(model, {"train": (x, y), "validation": (xv, yv), "test": (xt, yt)},
+        ...                out="runs/mine", train={"epochs": 5}, quantize={"mode": "ptq"})
+        >>> run.report["final"]["accuracy"]
+        0.97
+    """
+    dataset = _dataset(data, normalize, seed)
+    named = isinstance(model, str)
+    recipe = _recipe(
+        dataset,
+        {
+            "name": model if named else f"python:{type(model).__qualname__}",
+            "weights": None if weights is None else str(weights),
+        },
+        {"train": train, "prune": prune, "quantize": quantize, "verify": verify, "budget": budget},
+        name=name,
+        seed=seed,
+        target=target,
+        threads=threads,
+        augment=[dict(one) for one in augment],
+    )
+    return run_recipe(
+        recipe,
+        Path(out),
+        dataset=dataset,
+        module=None if isinstance(model, str) else model,
+        force=force,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def compress_recipe(
+    path: Path,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    resume: bool = False,
+    replay: Mapping[str, JsonDict] | None = None,
+    progress: Progress | None = None,
+    commands: Sequence[str] = (),
+) -> Run:
+    """Do what a recipe says.
+
+    Args:
+        path: the recipe's YAML file.
+        out: the run's folder.
+        overrides: ``section.key=value`` each.
+        force: replace a run that stands at ``out``.
+        resume: continue an interrupted run; begins one where there is none.
+        replay: measurements of an earlier run to decide by, by stage.
+        progress: who is told how far it is; default: nobody.
+        commands: lines that reproduce the run, for the report.
+
+    Raises:
+        DeploykitError: see `deploykit.errors`.
+    """
+    recipe = with_absolute_paths(load_recipe(path, overrides), path.parent)
+    return run_recipe(
+        recipe,
+        out,
+        force=force,
+        resume=resume,
+        replay=replay,
+        progress=progress,
+        commands=commands,
+    )
+
+
+def export(
+    run: Run | Path | str, *, out: Path | str, target: str | None = None, force: bool = False
+) -> Path:
+    """Write the verified bundle of a finished run; see `deploykit.ship.export_run`."""
+    path = run.path if isinstance(run, Run) else Path(run)
+    return export_run(path, Path(out), target=target, force=force)
+
+
+def _dataset(data: Any, normalize: Mapping[str, Any] | None, seed: int) -> Dataset:
+    from deploykit.data import Dataset, dataset_from_arrays
+
+    if isinstance(data, Dataset):
+        if normalize is not None:
+            raise UsageError(
+                "normalize: expected none beside a Dataset, which has its own; drop it"
+            )
+        return data
+    if not isinstance(data, Mapping) or not {"train", "validation"} <= set(data) <= SPLITS:
+        raise UsageError(
+            'data: expected a Dataset or {"train": (x, y), "validation": (x, y), "test": (x, y)}, '
+            f"got {sorted(data) if isinstance(data, Mapping) else type(data).__name__}"
+        )
+    return dataset_from_arrays(**data, seed=seed, **(normalize or {}))
+
+
+def _recipe(
+    dataset: Dataset, model: JsonDict, sections: Mapping[str, Any], **settings: Any
+) -> Recipe:
+    """Make the recipe that the arguments amount to, through the same checks as a file."""
+    data: JsonDict = {"source": "python", "augment": settings.pop("augment")}
+    if dataset.preprocess is not None:
+        data["normalize"] = {key: list(dataset.preprocess[key]) for key in ("mean", "std")}
+    content = {
+        "schema": 1,
+        **settings,
+        "task": "classification" if dataset.preprocess is None else "image-classification",
+        "data": data,
+        "model": model,
+        **{name: section for name, section in sections.items() if section is not None},
+    }
+    try:
+        text = json.dumps(content)  # which is YAML too
+    except TypeError as error:
+        raise UsageError(f"compress: expected plain numbers, texts and lists: {error}") from error
+    return with_absolute_paths(parse_recipe(text, (), "compress"), Path())

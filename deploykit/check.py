@@ -1,0 +1,106 @@
+"""What a recipe would do, without doing it: ``deploykit compress --check``."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from deploykit.artifacts import Candidate
+from deploykit.data import Dataset
+from deploykit.data.pixels import normalize
+from deploykit.job import read_data
+from deploykit.pipeline import initial_candidate
+from deploykit.quantization.graphs import trace
+from deploykit.recipe.sections import Recipe, RecoverySection
+from deploykit.structure import example_input
+from deploykit.targets import resolve_target
+from deploykit.train.freeze import match_groups
+
+TIMED_STEPS = 3
+QAT_COST = 2.0  # steps of quantization-aware training take about twice as long
+PROOF_SECONDS = 15.0  # export, verification and measurement of a stage
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Read the data, build and trace the model, and say what a run would do.
+
+    Args:
+        recipe: with absolute paths.
+
+    Returns:
+        Sentences for the reader, the last one with an estimate of the time.
+
+    Raises:
+        DeploykitError: whatever the run itself would raise before it trains.
+    """
+    target = resolve_target(recipe.target)
+    dataset = read_data(recipe)
+    candidate = initial_candidate(recipe, dataset, None)
+    trace(candidate.module, example_input(candidate, batch=2))
+    if recipe.train is not None:
+        match_groups(candidate.module, recipe.train.groups)
+    sizes = ", ".join(f"{split.name} {len(split)}" for split in dataset.splits)
+    parameters = sum(parameter.numel() for parameter in candidate.module.parameters())
+    lines = [
+        f"data: {recipe.data.source}: {sizes} samples of {len(dataset.classes)} classes",
+        *(f"warning: {warning}" for warning in dataset.warnings),
+        f"model: {recipe.model.name}, {parameters:,} parameters",
+        f"target: {target.name}",
+        *_plan(recipe),
+    ]
+    seconds = _estimate(recipe, candidate, dataset)
+    return [*lines, f"it will take about {_spoken(seconds)} on this machine"]
+
+
+def _plan(recipe: Recipe) -> list[str]:
+    lines = []
+    if recipe.train is not None:
+        lines.append(f"train: {recipe.train.epochs} epochs")
+    if recipe.prune is not None:
+        prune = recipe.prune
+        lines.append(
+            f"prune: {prune.channel_ratio:.0%} of the channels in {prune.steps} step(s), "
+            f"{prune.epochs} epochs of recovery each"
+        )
+    if recipe.quantize is not None:
+        epochs = "" if recipe.quantize.mode == "ptq" else f", {recipe.quantize.epochs} epochs"
+        lines.append(f"quantize: {recipe.quantize.mode}{epochs}")
+    return lines
+
+
+def _estimate(recipe: Recipe, candidate: Candidate, dataset: Dataset) -> float:
+    """Time a few steps and multiply."""
+    batch_size = recipe.train.batch_size if recipe.train else 128
+    epoch = _step_seconds(candidate, dataset, batch_size) * len(dataset.train) / batch_size
+    epochs = float(recipe.train.epochs) if recipe.train else 0.0
+    if recipe.prune is not None:
+        epochs += recipe.prune.steps * recipe.prune.epochs
+    if recipe.quantize is not None and recipe.quantize.mode != "ptq":
+        epochs += QAT_COST * recipe.quantize.epochs
+    sections: list[RecoverySection | None] = [recipe.prune, recipe.quantize]
+    stages = 1 + sum(section is not None for section in sections)
+    return epochs * epoch + stages * PROOF_SECONDS
+
+
+def _step_seconds(candidate: Candidate, dataset: Dataset, batch_size: int) -> float:
+    rows = np.arange(min(batch_size, len(dataset.train)))
+    module = candidate.module.train()
+    best = float("inf")
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        inputs = normalize(
+            torch.from_numpy(dataset.train.load(rows)), candidate.signature.preprocess
+        )
+        loss = cross_entropy(module(inputs), torch.from_numpy(dataset.train.labels[rows]))
+        torch.autograd.backward(loss)
+        best = min(best, time.perf_counter() - start)
+    return best * batch_size / len(rows)
+
+
+def _spoken(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,243 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from deploykit import __version__
+from deploykit.errors import DeploykitError, UsageError
+
+app = typer.Typer(
+    name="deploykit",
+    help="From a PyTorch model and data to a small, fast, proven model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder that compress wrote")]
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that export wrote")]
+Force = Annotated[bool, typer.Option("--force", help="replace what stands at --out")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"deploykit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks of errors")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["DEPLOYKIT_DEBUG"] = "1"
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see docs/recipe.md")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="RUN", help="folder to write")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change a key, as train.epochs=5"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the interrupted run at --out")
+    ] = False,
+    force: Force = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="validate everything, say what a run would do, stop")
+    ] = False,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency-table",
+            metavar="FILE",
+            help="decide by the latencies in this measurements.json",
+        ),
+    ] = None,
+) -> None:
+    """Train, prune and quantize a model as a recipe says."""
+    if check:
+        _check(recipe, overrides or [])
+        return
+    if out is None:
+        raise UsageError("--out: expected a folder for the run, got none; add --out runs/NAME")
+    if force and resume:
+        raise UsageError("--force and --resume: expected one of them, got both; drop one")
+    from deploykit.api import compress_recipe
+    from deploykit.progress import ConsoleProgress
+
+    run = compress_recipe(
+        recipe,
+        out,
+        overrides=overrides or [],
+        force=force,
+        resume=resume,
+        replay=None if latency_table is None else _read_latencies(latency_table),
+        progress=ConsoleProgress(),
+        commands=[_command()],
+    )
+    _print_result(run.report)
+    typer.echo(f"run: {out}  (report: {out / 'report.html'})")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="folder to write")],
+    target: Annotated[
+        str | None, typer.Option("--target", help="where it will run; default: the recipe's")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write the verified bundle of a finished run."""
+    from deploykit.ship import export_run
+
+    export_run(run, out, target=target, force=force)
+    typer.echo(f"bundle: {out}  (verified)")
+
+
+@app.command()
+def verify(bundle: BundleFolder) -> None:
+    """Check every byte of a bundle and its golden samples."""
+    from deploykit.bundle import verify_bundle
+
+    manifest = verify_bundle(bundle)
+    typer.echo(
+        f"{bundle}: {manifest['name']} {manifest['version']} for {manifest['target']}: verified, "
+        f"{len(manifest['files'])} files; golden samples agree"
+    )
+    typer.echo("no signature: the hashes stop accidents, not an attacker")
+
+
+@app.command()
+def predict(
+    bundle: BundleFolder,
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="images, or .npy arrays")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
+) -> None:
+    """Classify files with a bundle."""
+    from deploykit import runtime
+    from deploykit.bundle import told_as_deploykit
+
+    with told_as_deploykit():
+        runtime.predict(bundle, files, as_json)
+
+
+@app.command()
+def bench(
+    bundle: BundleFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="default: the bundle's")
+    ] = None,
+) -> None:
+    """Measure a bundle's latency on this machine."""
+    from deploykit import runtime
+    from deploykit.bundle import told_as_deploykit
+
+    with told_as_deploykit():
+        runtime.bench(bundle, threads, as_json)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|BUNDLE", help="what to look at")],
+) -> None:
+    """Show what a run or a bundle holds."""
+    from deploykit.inspection import inspect_folder
+
+    typer.echo(inspect_folder(folder))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what this machine offers: CPU features, providers, versions."""
+    from deploykit.doctor import doctor as examine
+    from deploykit.doctor import render
+
+    found = examine()
+    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+
+
+def _check(recipe_file: Path, overrides: list[str]) -> None:
+    from deploykit.recipe import load_recipe
+    from deploykit.recipe.paths import with_absolute_paths
+
+    recipe = with_absolute_paths(load_recipe(recipe_file, overrides), recipe_file.parent)
+    from deploykit.check import check_recipe
+
+    for line in check_recipe(recipe):
+        typer.echo(line)
+    typer.echo("the recipe is sound; nothing was written")
+
+
+def _read_latencies(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        return dict(stages)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--latency-table {path}: expected the measurements.json of a run, got {error!r}"
+        ) from error
+
+
+def _print_result(report: dict[str, object]) -> None:
+    from deploykit.inspection import result_lines
+
+    for line in result_lines(report):
+        typer.echo(line)
+
+
+def _command() -> str:
+    return shlex.join(["deploykit", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run the command line; the only place that catches errors."""
+    try:
+        status = app(standalone_mode=False)
+    except DeploykitError as error:
+        sys.exit(_tell(str(error), error, error.exit_code))
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(_tell("stopped by SIGINT", None, 128 + signal.SIGINT))
+    except BrokenPipeError:
+        # The reader has seen enough; what stays in the buffer must not raise at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except TyperException as error:
+        error.show()  # type: ignore[attr-defined]  # its subclasses that reach here have it
+        sys.exit(getattr(error, "exit_code", 2))
+    except Exception as error:  # noqa: BLE001 - a user gets one sentence; --debug the traceback
+        sys.exit(_tell(f"unexpected {type(error).__name__}: {error}; see --debug", error, 1))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _tell(sentence: str, error: BaseException | None, exit_code: int) -> int:
+    if error is not None and os.environ.get("DEPLOYKIT_DEBUG"):
+        raise error
+    typer.echo(f"error: {sentence}", err=True)
+    return exit_code

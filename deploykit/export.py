@@ -1,0 +1,155 @@
+"""Candidate -> OnnxModel: one file that says what it is and not where it was made."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch.fx import GraphModule
+
+from deploykit.artifacts import Candidate, OnnxModel
+from deploykit.errors import ExportError, ModelError
+from deploykit.publish import write_atomic
+from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
+from deploykit.quantization.graphs import quiet
+from deploykit.quantization.rules import kernels, module_of
+
+OPSET = 20
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
+    """Write ``candidate`` as one ONNX file with a dynamic batch.
+
+    A quantized candidate is written with int8 weights and quantize/dequantize pairs (QDQ).
+    Equal candidates give equal bytes, wherever they are written.
+
+    Args:
+        candidate: float or quantized.
+        path: the file to write; replaced atomically.
+        name: of the model, for the file's metadata.
+
+    Raises:
+        ModelError: weights are not finite, or the module cannot be traced.
+        ExportError: an operator cannot be written at opset 20.
+    """
+    check_finite(candidate)
+    graph = candidate_graph(candidate)
+    proto = _to_onnx(candidate, graph)
+    _strip(proto)
+    _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
+    proto.graph.name = name
+    proto.producer_name, proto.producer_version = "deploykit", ""
+    proto.domain, proto.model_version = "", 1
+    signature = candidate.signature
+    onnx.helper.set_model_props(
+        proto, {"name": name, "labels": json.dumps(signature.labels, ensure_ascii=False)}
+    )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name}: the exporter wrote an invalid model: {error}") from error
+    write_atomic(path, proto.SerializeToString(deterministic=True))
+    return OnnxModel(path=path, signature=signature, opset=OPSET)
+
+
+def check_finite(candidate: Candidate) -> None:
+    """Refuse weights that are not numbers: they pass every later check of form.
+
+    Raises:
+        ModelError: naming the tensors.
+    """
+    broken = [
+        name
+        for name, value in candidate.module.state_dict().items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise ModelError(
+            f"{candidate.stage}: expected finite weights, got NaN or infinity in "
+            f"{', '.join(broken[:5])}; train again with a lower rate"
+        )
+
+
+def _to_onnx(candidate: Candidate, graph: GraphModule) -> onnx.ModelProto:
+    signature = candidate.signature
+    try:
+        # The exporter talks on standard output and writes a report when it fails.
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            program = torch.onnx.export(
+                deployable(candidate, graph),
+                (raw_example(candidate, batch=2),),
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:
+        operator = _missing_operator(error)
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(
+            f"export: expected operators of opset {OPSET}, got {operator or reason}; replace the "
+            "layer that uses it",
+            operator=operator,
+            opset=OPSET,
+        ) from error
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _missing_operator(error: BaseException) -> str:
+    """Find the operator's name in the chain of the exporter's errors."""
+    link: BaseException | None = error
+    while link is not None:
+        words = str(link).replace("'", " ").replace('"', " ").split()
+        found = [word.strip(".,;:()") for word in words if word.startswith("aten.")]
+        if found:
+            return found[0]
+        link = link.__cause__ or link.__context__
+    return ""
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter tells about itself and the machine: paths, traces, shapes."""
+    del proto.metadata_props[:]
+    proto.doc_string = ""
+    graphs = [proto.graph]
+    for graph in graphs:
+        del graph.metadata_props[:]
+        del graph.value_info[:]
+        graph.doc_string = ""
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+            graphs.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+        for value in [*graph.input, *graph.output, *graph.initializer]:
+            del value.metadata_props[:]
+            value.doc_string = ""
+
+
+def _name_layers(graph: onnx.GraphProto, modules: Sequence[str]) -> None:
+    """Call convolutions and linear layers as the model's own modules are called."""
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {
+        node.output[0]
+        for node in graph.node
+        if node.op_type in {"DequantizeLinear", "Transpose"} and node.input[0] in constants
+    }
+    layers = [
+        node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in constants
+    ]
+    if len(layers) != len(modules):
+        return  # the exporter split or joined a layer: its own names are the better ones
+    taken = {node.name for node in graph.node}
+    for layer, module in zip(layers, modules, strict=True):
+        if module and module not in taken:
+            taken.add(module)
+            layer.name = module

@@ -1,0 +1,110 @@
+"""One run in its folder: checked before anything is written, alone while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit.artifacts import JsonDict
+from deploykit.errors import RecipeError, UsageError
+from deploykit.interrupt import stop_on_signals
+from deploykit.progress import LoggedProgress, Progress, SilentProgress
+from deploykit.publish import LOCK, lock_folder, refuse_existing
+from deploykit.recipe.sections import Recipe
+from deploykit.run_folder import RunFolder, check_same_recipe
+from deploykit.targets import resolve_target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploykit.data import Dataset
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        report: the content of its ``report.json``.
+    """
+
+    path: Path
+    report: JsonDict
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    dataset: Dataset | None = None,
+    module: nn.Module | None = None,
+    force: bool = False,
+    resume: bool = False,
+    replay: Mapping[str, JsonDict] | None = None,
+    progress: Progress | None = None,
+    commands: Sequence[str] = (),
+) -> Run:
+    """Run ``recipe`` in the folder ``out``.
+
+    Args:
+        recipe: with absolute paths.
+        out: the run's folder.
+        dataset: the samples, where they were given as an object; else the recipe's are read.
+        module: the float model, where it was given as an object; else the recipe's is built.
+        force: replace a run that stands at ``out``.
+        resume: continue an interrupted run; begins one where there is none.
+        replay: measurements of an earlier run to decide by, by stage.
+        progress: who is told how far it is; default: nobody.
+        commands: lines that reproduce the run, for the report.
+
+    Raises:
+        UsageError: ``out`` may not be written, or another process works in it.
+        DeploykitError: see `deploykit.errors`.
+    """
+    run, resuming = RunFolder(out), resume and (out / "recipe.yaml").is_file()
+    resolve_target(recipe.target)
+    if resuming:
+        check_same_recipe(run, recipe)
+    else:
+        refuse_existing(out, force)
+    with stop_on_signals():
+        from deploykit.pipeline import initial_candidate, run_stages
+
+        dataset = dataset or read_data(recipe)
+        start = initial_candidate(recipe, dataset, module)
+        # Nothing is written, and nothing old removed, before the inputs are known to be good.
+        with lock_folder(out):
+            if not resuming:
+                _make_room(run, force)
+                run.write_recipe(recipe)
+            told = LoggedProgress(progress or SilentProgress(), run.log)
+            for warning in dataset.warnings:
+                told.message(f"warning: {warning}")
+            report = run_stages(
+                recipe, run, dataset, start=start, progress=told, replay=replay, commands=commands
+            )
+    return Run(out, report.to_json())
+
+
+def read_data(recipe: Recipe) -> Dataset:
+    """Load the samples that a recipe with absolute paths names."""
+    from deploykit.data import load_dataset
+
+    if recipe.data.source == "python":
+        raise RecipeError(
+            [
+                "data.source: expected a source that can be read again, got python: this run was "
+                "given its data as objects; call deploykit.compress with them"
+            ]
+        )
+    return load_dataset(recipe.data, task=recipe.task, seed=recipe.seed, base=Path())
+
+
+def _make_room(run: RunFolder, force: bool) -> None:
+    """Empty the folder; another process may have filled it since it was looked at."""
+    if not force and {entry.name for entry in run.path.iterdir()} - {LOCK}:
+        raise UsageError(f"{run.path}: another process made it meanwhile; choose another place")
+    run.clear()

@@ -1,0 +1,1 @@
+"""From a float graph to an integer graph that ONNX Runtime fuses."""

@@ -1,0 +1,90 @@
+"""The module that ships: raw inputs in, logits out, in the precision of the candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from deploykit.artifacts import Candidate
+from deploykit.quantization.graphs import integer_graph, trace
+from deploykit.runtime import zero_point_and_scale
+from deploykit.structure import example_input
+from deploykit.targets import Target, resolve_target
+
+PIXELS = "input:0"  # the key of the first input's quantization parameters
+
+
+class FromPixels(nn.Module):
+    """Feeds raw pixels to a graph: uint8 ``(N, H, W, C)`` in, what the graph returns out.
+
+    Normalization is written as the dequantization of the pixels, which are the first integers
+    of the model: an integer kernel reads them as they are, a float one after one operator.
+    """
+
+    def __init__(self, graph: GraphModule, preprocess: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inner = graph  # not "graph": that is the name of a GraphModule's own attribute
+        zero_point, scale = zero_point_and_scale(preprocess)
+        self.shared = len(scale) == 1
+        self.zero_point, self.scale = int(zero_point[0]), float(scale[0])
+        self.register_buffer("zero_points", torch.from_numpy(zero_point), persistent=False)
+        self.register_buffer("scales", torch.from_numpy(scale), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalize and answer."""
+        pixels = image.permute(0, 3, 1, 2)
+        integers = torch.ops.quantized_decomposed
+        if self.shared:
+            normalized = integers.dequantize_per_tensor(
+                pixels, self.scale, self.zero_point, 0, 255, torch.uint8
+            )
+        else:
+            normalized = integers.dequantize_per_channel(
+                pixels, self.scales, self.zero_points, 1, 0, 255, torch.uint8
+            )
+        answer: Tensor = self.inner(normalized)
+        return answer
+
+
+def exact_inputs(candidate: Candidate, target: Target) -> frozenset[str]:
+    """Return the keys of inputs that are integers on one grid before any quantization."""
+    preprocess = candidate.signature.preprocess
+    if preprocess is None or target.activation_dtype != "uint8":
+        return frozenset()
+    shared = len(zero_point_and_scale(preprocess)[1]) == 1
+    return frozenset({PIXELS}) if shared else frozenset()
+
+
+def candidate_graph(candidate: Candidate) -> GraphModule:
+    """Return the graph of a candidate: integer if it is quantized, else float.
+
+    It takes what the candidate's module takes.
+
+    Raises:
+        ModelError: the module cannot be traced.
+        CompressionError: the quantization parameters do not fit the module.
+    """
+    example = example_input(candidate, batch=2)
+    quantization = candidate.structure.get("quantization")
+    if not quantization:
+        return trace(candidate.module, example)
+    target = resolve_target(quantization["target"])
+    parameters = {key: (scale, zero) for key, (scale, zero) in quantization["parameters"].items()}
+    exact = exact_inputs(candidate, target)
+    return integer_graph(candidate.module, example, target, parameters, exact)
+
+
+def deployable(candidate: Candidate, graph: GraphModule) -> nn.Module:
+    """Return the module that takes what a client sends."""
+    preprocess = candidate.signature.preprocess
+    return graph if preprocess is None else FromPixels(graph, preprocess)
+
+
+def raw_example(candidate: Candidate, batch: int) -> Tensor:
+    """Return an example of what a client sends, zeros of the signature's dtype and shape."""
+    spec = candidate.signature.inputs[0]
+    return torch.zeros(batch, *spec.shape[1:], dtype=getattr(torch, spec.dtype))

@@ -1,0 +1,144 @@
+"""The Run: the folder that ``compress`` writes and everything later reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit.artifacts import Candidate, JsonDict
+from deploykit.errors import ModelError, UsageError
+from deploykit.publish import LOCK, publish_folder, write_atomic, write_json
+from deploykit.recipe.sections import Recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies.
+
+    ``recipe.yaml`` (resolved), ``splits.json``, ``measurements.json``, ``report.json``,
+    ``report.html``, ``candidates/STAGE/``, ``onnx/STAGE.onnx`` (what was measured),
+    ``golden/`` (samples for the bundle), ``calibration.npy``, ``checkpoints/``, ``logs/``.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where interrupted trainings go on from."""
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """What was said while the run was made."""
+        return self.path / "logs" / "compress.log"
+
+    @property
+    def calibration(self) -> Path:
+        """Raw training samples that other targets are calibrated with."""
+        return self.path / "calibration.npy"
+
+    @property
+    def golden(self) -> Path:
+        """Samples with their expected answers, as the bundle will hold them."""
+        return self.path / "golden"
+
+    def onnx(self, stage: str) -> Path:
+        """Return the file of the model that was measured for ``stage``."""
+        return self.path / "onnx" / f"{stage}.onnx"
+
+    def candidate(self, stage: str) -> Path:
+        """Return the folder of the candidate that ``stage`` made."""
+        return self.path / "candidates" / stage
+
+    def clear(self) -> None:
+        """Remove everything but the lock that this process holds."""
+        for entry in self.path.iterdir():
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def recipe(self) -> Recipe:
+        """Read the resolved recipe.
+
+        Raises:
+            ModelError: the folder is not a finished or begun run.
+        """
+        from deploykit.recipe import load_recipe
+
+        if not (self.path / "recipe.yaml").is_file():
+            raise ModelError(
+                f"{self.path}: expected a run with recipe.yaml, found none; "
+                "make one with deploykit compress RECIPE --out RUN"
+            )
+        return load_recipe(self.path / "recipe.yaml")
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the recipe with every default."""
+        from deploykit.recipe import dump_recipe
+
+        write_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
+
+    def save_candidate(self, candidate: Candidate) -> None:
+        """Publish ``candidate`` under its stage; one given as an object stays in memory."""
+        from deploykit.structure import save_candidate
+
+        if str(candidate.structure["model"]["name"]).startswith("python:"):
+            return
+        with publish_folder(self.candidate(candidate.stage), force=True) as staging:
+            save_candidate(candidate, staging)
+
+    def save_calibration(self, samples: np.ndarray) -> None:
+        """Keep the calibration samples."""
+        from deploykit.bundle_files import npy_bytes
+
+        write_atomic(self.calibration, npy_bytes(samples))
+
+    def read_json(self, name: str) -> JsonDict | None:
+        """Return the content of a JSON file of the run, or None where it is not there yet.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        path = self.path / name
+        try:
+            content: JsonDict = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: expected JSON, got {error}; run compress again") from error
+        return content
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the run."""
+        write_json(self.path / name, value)
+
+
+def check_same_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Refuse to resume a run under another recipe.
+
+    Raises:
+        UsageError: naming the first key that differs.
+    """
+    before, now = run.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    difference = _first_difference(before, now, "")
+    if difference is not None:
+        key, old, new = difference
+        raise UsageError(
+            f"{run.path}: --resume expects the recipe that the run began with, got {key} = {new!r} "
+            f"in place of {old!r}; restore it, or start anew with --force"
+        )
+
+
+def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (key, old, new)

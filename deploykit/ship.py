@@ -1,0 +1,149 @@
+"""From a Run to a Bundle: the very model that was measured, with its proof."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit.artifacts import JsonDict, OnnxModel, Signature
+from deploykit.bundle import Golden, write_bundle
+from deploykit.errors import ModelError, VerificationError
+from deploykit.publish import refuse_existing
+from deploykit.run_folder import RunFolder
+from deploykit.targets import Target, resolve_target
+
+# A golden answer may differ by this many steps of the output on another CPU of the target.
+GOLDEN_STEPS = 2.0
+
+
+def export_run(run: Path, out: Path, *, target: str | None = None, force: bool = False) -> Path:
+    """Write the bundle of a finished run.
+
+    The model is the file that the run measured, found by its hash; nothing is converted anew.
+
+    Args:
+        run: the folder that ``compress`` wrote.
+        out: the bundle's folder.
+        target: where it will run; default: the recipe's.
+        force: replace a bundle that stands at ``out``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ModelError: ``run`` is not a finished run.
+        VerificationError: the run's files were altered, or its model does not fit ``target``.
+    """
+    refuse_existing(out, force)
+    folder = RunFolder(run)
+    recipe, report = folder.recipe(), _finished(folder)
+    final = report["final"]
+    shipped = report["details"]["model"]
+    made_for = resolve_target(shipped["target"])
+    wanted = made_for if target is None else resolve_target(target)
+    if shipped["quantized"] and _scheme(wanted) != _scheme(made_for):
+        raise VerificationError(
+            f"{run}: its integers were made for {made_for.name}, which {wanted.name} would compute "
+            f"with other results; run compress with --set target={wanted.name}"
+        )
+    model = OnnxModel(
+        folder.onnx(final["name"]), Signature.from_json(shipped["signature"]), shipped["opset"]
+    )
+    _check_hash(model, shipped["sha256"])
+    here = wanted == made_for
+    return write_bundle(
+        model,
+        out,
+        name=recipe.name,
+        version="1",
+        target=wanted.name,
+        threads=recipe.threads,
+        task=recipe.task,
+        measured=_measured(report, latencies=here),
+        measured_on=report["environment"] if here else None,
+        verified_on=report["environment"],
+        tolerance=_tolerance(report["details"]["parity"][final["name"]]),
+        golden=_golden(folder),
+        force=force,
+    )
+
+
+def _finished(folder: RunFolder) -> JsonDict:
+    """Return the report of a run that is finished and within its budget."""
+    report = folder.read_json("report.json")
+    if report is None:
+        raise ModelError(
+            f"{folder.path}: expected a finished run with report.json, found none; "
+            "finish it with deploykit compress --resume"
+        )
+    if not report["budget"]["passed"]:
+        why = "; ".join(one["why"] for one in report["budget"]["checks"] if not one["passed"])
+        raise VerificationError(f"{folder.path}: its budget does not hold: {why}; mend the recipe")
+    return report
+
+
+def _scheme(target: Target) -> tuple[str, int]:
+    """Return what decides which answers integers give."""
+    return target.activation_dtype, target.weight_bits
+
+
+def _check_hash(model: OnnxModel, sha256: str) -> None:
+    try:
+        found = hashlib.sha256(model.path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(
+            f"{model.path}: cannot be read: {error.strerror}; run compress --resume"
+        ) from error
+    if found != sha256:
+        raise VerificationError(
+            f"{model.path}: expected the model that was measured, found another; "
+            "run compress --resume"
+        )
+
+
+def _measured(report: Mapping[str, Any], *, latencies: bool) -> JsonDict:
+    """Choose what the manifest tells; a latency that was never taken on the target is null."""
+    final, baseline = report["final"], report["baseline"]
+    batches = final["latency_ms"]
+    return {
+        "accuracy": final["accuracy"],
+        "baseline_accuracy": baseline["accuracy"],
+        "accuracy_drop": report["drop"]["value"],
+        "accuracy_drop_interval": report["drop"]["interval"],
+        "latency_ms": batches if latencies else dict.fromkeys(batches),
+        "speedup": final["speedup"] if latencies else dict.fromkeys(batches),
+        "size_bytes": final["size_bytes"],
+        "baseline_size_bytes": baseline["size_bytes"],
+        "peak_memory_bytes": final["peak_memory_bytes"],
+        "parity": report["details"]["parity"][final["name"]],
+    }
+
+
+def _tolerance(parity: Mapping[str, Any]) -> JsonDict:
+    """Return how far a golden answer may be off: some steps of integers, a trace of floats."""
+    steps = min(GOLDEN_STEPS, parity["allowed_steps"])
+    return {
+        "max_abs": steps * parity["scale"],
+        "steps": steps,
+        "scale": parity["scale"],
+        "top1": True,
+    }
+
+
+def _golden(folder: RunFolder) -> Golden:
+    """Read the samples that the run kept for its bundle."""
+    files = sorted(path for path in folder.golden.glob("[0-9]*") if path.is_file())
+    try:
+        with np.load(folder.golden / "expected.npz", allow_pickle=False) as expected:
+            inputs, outputs = expected["inputs"], expected["outputs"]
+        items = [path.read_bytes() for path in files]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder.golden}: expected the run's golden samples, got {error}; "
+            "run compress --resume"
+        ) from error
+    return Golden(items, inputs, outputs)

@@ -1,0 +1,158 @@
+"""What every stage of a run has to show: its ONNX file, its parity, its measurements."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deploykit.artifacts import Candidate, JsonDict, OnnxModel
+from deploykit.data import Dataset
+from deploykit.export import export_onnx
+from deploykit.fusion import fused_operators
+from deploykit.measure import (
+    Evaluation,
+    Latency,
+    count_macs,
+    count_parameters,
+    evaluate_onnx,
+    measure_latency,
+    peak_memory_bytes,
+    size_bytes,
+)
+from deploykit.recipe.sections import Recipe
+from deploykit.run_folder import RunFolder
+from deploykit.structure import example_input
+from deploykit.verify import Parity, verify_onnx
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A candidate and the model that was written, verified and evaluated for it.
+
+    Attributes:
+        candidate: what the stage made.
+        model: the very file that is measured and, if it is the last, ships.
+        parity: ONNX Runtime against torch.
+        validation: answers of ``model`` to the validation split.
+        seconds: what the stage took, training and proof.
+    """
+
+    candidate: Candidate
+    model: OnnxModel
+    parity: Parity
+    validation: Evaluation
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """The stage's word: ``train``, ``prune`` or ``quantize``."""
+        return self.candidate.stage
+
+
+def prove(
+    candidate: Candidate, recipe: Recipe, run: RunFolder, dataset: Dataset, *, started: float
+) -> Stage:
+    """Write ``candidate`` as ONNX, verify it against torch and evaluate it.
+
+    Raises:
+        ExportError: it cannot be written.
+        VerificationError: ONNX Runtime does not answer what torch answers.
+    """
+    path = run.onnx(candidate.stage)
+    path.parent.mkdir(exist_ok=True)
+    model = export_onnx(candidate, path, name=recipe.name)
+    parity = verify_onnx(
+        candidate, model, dataset.validation, recipe.verify, threads=recipe.threads
+    )
+    validation = evaluate_onnx(model, dataset.validation, threads=recipe.threads)
+    return Stage(candidate, model, parity, validation, time.monotonic() - started)
+
+
+def measure_stages(
+    stages: list[Stage], recipe: Recipe, run: RunFolder, replay: Mapping[str, JsonDict] | None
+) -> dict[str, JsonDict]:
+    """Return latency and memory of every stage, measured together or read back.
+
+    What was measured is written before anyone reads it, so that a resumed run decides by the
+    same numbers.
+
+    Args:
+        stages: the first one is the baseline.
+        recipe: threads of the measurement.
+        run: keeps ``measurements.json``.
+        replay: measurements of an earlier run to use instead, by stage.
+    """
+    written = {stage.name: _sha256(stage.model) for stage in stages}
+    known = run.read_json("measurements.json")
+    if known is not None and known["models"] == written:
+        kept: dict[str, JsonDict] = known["stages"]
+        return kept
+    measured = _replayed(stages, replay) if replay is not None else _measured(stages, recipe)
+    run.write_json(
+        "measurements.json",
+        {"schema": 1, "models": written, "threads": recipe.threads, "stages": measured},
+    )
+    return measured
+
+
+def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
+    latency = measure_latency(
+        {stage.name: stage.model for stage in stages},
+        threads=recipe.threads,
+        baseline=stages[0].name,
+    )
+    return {
+        stage.name: {
+            "latency": {batch: one.to_json() for batch, one in latency[stage.name].items()},
+            "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads),
+        }
+        for stage in stages
+    }
+
+
+def _replayed(stages: list[Stage], replay: Mapping[str, JsonDict]) -> dict[str, JsonDict]:
+    from deploykit.errors import UsageError
+
+    missing = [stage.name for stage in stages if stage.name not in replay]
+    if missing:
+        raise UsageError(
+            f"--latency-table: expected measurements of {', '.join(missing)}, got only "
+            f"{', '.join(replay) or 'none'}; take a measurements.json of the same stages"
+        )
+    return {stage.name: replay[stage.name] for stage in stages}
+
+
+def describe(stage: Stage, measured: JsonDict) -> JsonDict:
+    """Return a stage's fields of ``report.json``."""
+    candidate = stage.candidate
+    example = example_input(candidate, batch=2)
+    latency = {batch: Latency.from_json(one) for batch, one in measured["latency"].items()}
+    recovery = [*candidate.notes.get("recovery", []), candidate.notes.get("fit")]
+    accuracies = [fit["torch_accuracy"] for fit in recovery if fit]
+    return {
+        "name": stage.name,
+        "validation_accuracy": stage.validation.accuracy,
+        "torch_accuracy": accuracies[-1] if accuracies else None,
+        "latency_ms": {batch: one.median_ms for batch, one in latency.items()},
+        "latency_p90_ms": {batch: one.p90_ms for batch, one in latency.items()},
+        "speedup": {batch: one.ratio for batch, one in latency.items()},
+        "speedup_interval": {batch: list(one.interval) for batch, one in latency.items()},
+        "size_bytes": size_bytes(stage.model),
+        "peak_memory_bytes": measured["peak_memory_bytes"],
+        "macs": count_macs(candidate.module, example),
+        "parameters": count_parameters(candidate.module),
+        "seconds": round(stage.seconds, 3),
+    }
+
+
+def fusion_of(stage: Stage, threads: int) -> JsonDict | None:
+    """Say which layers of a quantized stage run in integers; None for a float stage."""
+    if not stage.candidate.structure.get("quantization"):
+        return None
+    return fused_operators(stage.model, threads).to_json()
+
+
+def _sha256(model: OnnxModel) -> str:
+    return hashlib.sha256(model.path.read_bytes()).hexdigest()

@@ -1,0 +1,200 @@
+"""OnnxModel against Candidate: does ONNX Runtime answer what torch answers?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from deploykit import runtime
+from deploykit.artifacts import Candidate, JsonDict, OnnxModel
+from deploykit.errors import VerificationError
+from deploykit.quantization.deployable import candidate_graph, deployable
+from deploykit.quantization.rules import kernels, module_of
+from deploykit.recipe.sections import VerifySection
+
+if TYPE_CHECKING:
+    from deploykit.data.dataset import Split
+
+BATCH_SIZES = (1, 2, 7, 64)
+# Float models are held to a quarter of the step that an 8-bit output of their range would have.
+FLOAT_STEPS = 0.25
+QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely ONNX Runtime agrees with torch on real samples.
+
+    Attributes:
+        samples: how many were compared.
+        agreement: share of equal top-1 answers.
+        max_abs: largest difference of a logit.
+        scale: one step of the output: the scale of its integers, or 1/255 of its range.
+        max_steps: ``max_abs`` in those steps.
+        allowed_steps: what it was held to.
+    """
+
+    samples: int
+    agreement: float
+    max_abs: float
+    scale: float
+    max_steps: float
+    allowed_steps: float
+
+    def to_json(self) -> JsonDict:
+        """Return plain JSON for the report."""
+        return asdict(self)
+
+
+def verify_onnx(
+    candidate: Candidate, model: OnnxModel, split: Split, section: VerifySection, *, threads: int
+) -> Parity:
+    """Compare ``model`` with ``candidate`` on samples of ``split``, in batches of several sizes.
+
+    Returns:
+        The measured parity.
+
+    Raises:
+        VerificationError: they disagree; names the first layer that diverges.
+    """
+    graph = candidate_graph(candidate)
+    reference = deployable(candidate, graph)
+    session = runtime.open_session(model.path.read_bytes(), threads, runtime.CPU)
+    expected, answered = [], []
+    for indices in _batches(min(section.samples, len(split))):
+        inputs = split.load(indices)
+        with torch.no_grad():
+            expected.append(reference(torch.from_numpy(inputs)).numpy())
+        answered.append(runtime.run_model(session, inputs))
+    parity = _compare(np.concatenate(expected), np.concatenate(answered), candidate, graph, section)
+    if parity.agreement < section.min_agreement or parity.max_steps > parity.allowed_steps:
+        layer = first_divergence(candidate, graph, model, split, threads=threads)
+        raise VerificationError(
+            f"{candidate.stage}: expected ONNX Runtime to agree with torch on at least "
+            f"{section.min_agreement:.1%} of {parity.samples} samples within "
+            f"{parity.allowed_steps:g} steps, got {parity.agreement:.1%} and "
+            f"{parity.max_steps:.1f} steps; the first layer that diverges is {layer}",
+            report={**parity.to_json(), "layer": layer},
+        )
+    return parity
+
+
+def _batches(count: int) -> list[np.ndarray]:
+    """Cut ``range(count)`` into batches of every size that must work, the largest repeated."""
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < count:
+        size = BATCH_SIZES[min(len(batches), len(BATCH_SIZES) - 1)]
+        batches.append(np.arange(start, min(start + size, count)))
+        start += size
+    return batches
+
+
+def _compare(
+    expected: np.ndarray,
+    answered: np.ndarray,
+    candidate: Candidate,
+    graph: GraphModule,
+    section: VerifySection,
+) -> Parity:
+    integer_scale, allowed = _output_scale(graph), section.max_steps
+    scale = integer_scale or max(float(np.ptp(expected)) / 255, float(np.finfo(np.float32).tiny))
+    if integer_scale is None:
+        allowed = min(allowed, FLOAT_STEPS)
+    difference = float(np.abs(expected - answered).max())
+    return Parity(
+        samples=len(expected),
+        agreement=float((expected.argmax(1) == answered.argmax(1)).mean()),
+        max_abs=difference,
+        scale=scale,
+        max_steps=difference / scale,
+        allowed_steps=allowed,
+    )
+
+
+def _output_scale(graph: GraphModule) -> float | None:
+    """Return the scale of the integers that the graph's output is made from."""
+    output = next(iter(graph.graph.output_node().all_input_nodes), None)
+    while output is not None and output.op == "call_function":
+        if "dequantize_per_tensor" in str(output.target):
+            return float(output.args[1])  # type: ignore[arg-type]
+        output = output.all_input_nodes[0] if len(output.all_input_nodes) == 1 else None
+    return None
+
+
+def first_divergence(
+    candidate: Candidate, graph: GraphModule, model: OnnxModel, split: Split, *, threads: int
+) -> str:
+    """Name the first layer whose values differ, most of them by more than rounding.
+
+    Integers are compared where the graph quantizes, so that ONNX Runtime still fuses as it does
+    when the model ships; float models are compared at the outputs of their layers.
+    """
+    inputs = split.load(np.arange(min(8, len(split))))
+    nodes, names, tensors = _probes(graph, onnx.load(model.path))
+    values = _torch_values(candidate, graph, inputs, nodes)
+    answers = _runtime_values(model, tensors, inputs, threads)
+    for node, name in zip(nodes, names, strict=True):
+        expected, answered = values[node].numpy(), answers[tensors[names.index(name)]]
+        if expected.shape != answered.shape:
+            return name
+        difference = np.abs(expected.astype(np.float64) - answered.astype(np.float64))
+        allowed = 2 if expected.dtype.kind in "iu" else 1e-3 * (np.abs(expected).max() + 1e-6)
+        if difference.max() > allowed:
+            return name
+    return "none of the inner ones: only the output differs"
+
+
+def _probes(graph: GraphModule, proto: onnx.ModelProto) -> tuple[list[Node], list[str], list[str]]:
+    """Pair places in the torch graph with tensors in the ONNX graph."""
+    quantized = [node for node in graph.graph.nodes if node.target is QUANTIZE]
+    if quantized:
+        tensors = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+        names = [_layer_name(node.all_input_nodes[0]) for node in quantized]
+        if len(tensors) == len(quantized):
+            return quantized, names, tensors
+    outputs = {node.name: node.output[0] for node in proto.graph.node}
+    layers = [node for node in kernels(graph.graph) if module_of(node) in outputs]
+    names = [module_of(node) for node in layers]
+    return layers, names, [outputs[name] for name in names]
+
+
+def _layer_name(node: Node) -> str:
+    return f"{module_of(node) or 'the model'} ({node.name})"
+
+
+def _torch_values(
+    candidate: Candidate, graph: GraphModule, inputs: np.ndarray, nodes: list[Node]
+) -> Mapping[Node, torch.Tensor]:
+    from deploykit.data.pixels import normalize
+
+    values: dict[Node, torch.Tensor] = {}
+    wanted = set(nodes)
+
+    class Recorder(Interpreter):
+        def run_node(self, node: Node) -> object:
+            value = super().run_node(node)
+            if node in wanted:
+                values[node] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(graph).run(normalize(torch.from_numpy(inputs), candidate.signature.preprocess))
+    return values
+
+
+def _runtime_values(
+    model: OnnxModel, tensors: list[str], inputs: np.ndarray, threads: int
+) -> Mapping[str, np.ndarray]:
+    proto = onnx.load(model.path)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+    session = runtime.open_session(proto.SerializeToString(), threads, runtime.CPU)
+    answers = session.run(tensors, {session.get_inputs()[0].name: inputs})
+    return dict(zip(tensors, answers, strict=True))
