@@ -61,12 +61,12 @@ docs: $(STAMP) ## write docs/recipe.md from the models
 	$(BIN)/python -m deploykit.recipe.document > docs/recipe.md.new
 	mv docs/recipe.md.new docs/recipe.md
 
-bench-%: $(STAMP) ## run benchmarks/NAME.py and keep its table in benchmarks/results
+bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
 	@test -f benchmarks/$*.py || { echo "there is no benchmarks/$*.py" >&2; exit 1; }
 	$(BIN)/python benchmarks/$*.py
 
 test-vision: $(VISION)/.installed ## test torchvision and timm models in their own environment
-	$(VISION)/bin/python -m pytest -m vision
+	$(VISION)/bin/python -m pytest tests/vision
 
 clean: ## remove environments, runs and bundles
 	rm -rf $(VENV) $(VISION) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis

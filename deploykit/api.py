@@ -172,6 +172,11 @@ def _dataset(data: Any, normalize: Mapping[str, Any] | None, seed: int) -> Datas
             'data: expected a Dataset or {"train": (x, y), "validation": (x, y), "test": (x, y)}, '
             f"got {sorted(data) if isinstance(data, Mapping) else type(data).__name__}"
         )
+    for split, pair in data.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise UsageError(
+                f"data: {split}: expected (x, y), got {type(pair).__name__}; give two arrays"
+            )
     return dataset_from_arrays(**data, seed=seed, **(normalize or {}))
 
 

@@ -12,12 +12,9 @@ from deploykit.artifacts import Candidate
 from deploykit.data import Dataset
 from deploykit.data.pixels import normalize
 from deploykit.job import read_data
-from deploykit.pipeline import initial_candidate
-from deploykit.quantization.graphs import trace
 from deploykit.recipe.sections import Recipe, RecoverySection
-from deploykit.structure import example_input
+from deploykit.start import initial_candidate
 from deploykit.targets import resolve_target
-from deploykit.train.freeze import match_groups
 
 TIMED_STEPS = 3
 QAT_COST = 2.0  # steps of quantization-aware training take about twice as long
@@ -39,9 +36,6 @@ def check_recipe(recipe: Recipe) -> list[str]:
     target = resolve_target(recipe.target)
     dataset = read_data(recipe)
     candidate = initial_candidate(recipe, dataset, None)
-    trace(candidate.module, example_input(candidate, batch=2))
-    if recipe.train is not None:
-        match_groups(candidate.module, recipe.train.groups)
     sizes = ", ".join(f"{split.name} {len(split)}" for split in dataset.splits)
     parameters = sum(parameter.numel() for parameter in candidate.module.parameters())
     lines = [

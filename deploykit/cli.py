@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,15 @@ def _options(
         os.environ["DEPLOYKIT_DEBUG"] = "1"
 
 
-@app.command()
+def _compress_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        from deploykit.recipe.document import key_list
+
+        typer.echo(f"{context.get_help()}\n\nKeys of a recipe:\n\n{key_list()}", nl=False)
+        raise typer.Exit
+
+
+@app.command(add_help_option=False)
 def compress(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see docs/recipe.md")],
     out: Annotated[
@@ -74,6 +83,12 @@ def compress(
             help="decide by the latencies in this measurements.json",
         ),
     ] = None,
+    _help: Annotated[
+        bool,
+        typer.Option(
+            "--help", "-h", callback=_compress_help, is_eager=True, help="show this and every key"
+        ),
+    ] = False,
 ) -> None:
     """Train, prune and quantize a model as a recipe says."""
     if check:
@@ -194,13 +209,9 @@ def _check(recipe_file: Path, overrides: list[str]) -> None:
 
 
 def _read_latencies(path: Path) -> dict[str, dict[str, object]]:
-    try:
-        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        return dict(stages)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--latency-table {path}: expected the measurements.json of a run, got {error!r}"
-        ) from error
+    from deploykit.stages import read_measurements
+
+    return read_measurements(path)
 
 
 def _print_result(report: dict[str, object]) -> None:
@@ -220,24 +231,18 @@ def main() -> None:
         status = app(standalone_mode=False)
     except DeploykitError as error:
         sys.exit(_tell(str(error), error, error.exit_code))
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(_tell("stopped by SIGINT", None, 128 + signal.SIGINT))
-    except BrokenPipeError:
-        # The reader has seen enough; what stays in the buffer must not raise at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except TyperException as error:
         error.show()  # type: ignore[attr-defined]  # its subclasses that reach here have it
         sys.exit(getattr(error, "exit_code", 2))
     except Exception as error:  # noqa: BLE001 - a user gets one sentence; --debug the traceback
         sys.exit(_tell(f"unexpected {type(error).__name__}: {error}; see --debug", error, 1))
+    if status == 128 + signal.SIGINT:  # Ctrl-C outside of a run, which typer has caught
+        _tell("stopped by SIGINT", None, status)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _tell(sentence: str, error: BaseException | None, exit_code: int) -> int:
     if error is not None and os.environ.get("DEPLOYKIT_DEBUG"):
-        raise error
+        traceback.print_exception(error)
     typer.echo(f"error: {sentence}", err=True)
     return exit_code

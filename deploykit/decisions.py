@@ -42,8 +42,17 @@ def ptq_decision(
     )
 
 
-def stage_decision(before: Stage, after: Stage, measured: Mapping[str, JsonDict]) -> Decision:
-    """Say what a stage brought over the one before, in latency, size and accuracy."""
+def stage_decision(
+    before: Stage, after: Stage, measured: Mapping[str, JsonDict], reason: str = ""
+) -> Decision:
+    """Say what a stage brought over the one before, in latency, size and accuracy.
+
+    Args:
+        before: the stage before.
+        after: the stage decided about.
+        measured: measurements by stage.
+        reason: what was decided within the stage, told first.
+    """
     faster = []
     for batch, one in measured[after.name]["latency"].items():
         ratio = Latency.from_json(one).ratio
@@ -54,7 +63,7 @@ def stage_decision(before: Stage, after: Stage, measured: Mapping[str, JsonDict]
     return Decision(
         after.name,
         kept=True,
-        why=f"against {before.name}: speed {', '.join(faster)}; {smaller:.2f}x smaller; "
+        why=f"{reason}{'; ' if reason else ''}against {before.name}: speed {', '.join(faster)}; {smaller:.2f}x smaller; "
         f"validation accuracy {-drop:+.2%} (95%: {-high:+.2%} to {-low:+.2%})",
     )
 

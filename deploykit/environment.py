@@ -13,8 +13,9 @@ import psutil
 from deploykit.artifacts import JsonDict
 from deploykit.targets import cpu_flags
 
-# These decide which integer kernels ONNX Runtime takes.
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+# These decide which kernels ONNX Runtime takes for integers and for half precision.
+X86_FEATURES = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+ARM_FEATURES = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 # Distributions that provide a package, the first that is installed counts.
 PACKAGES = {
     "deploykit": ("deploykit",),
@@ -37,14 +38,14 @@ def environment() -> JsonDict:
     """
     return {
         "cpu": cpu_name(),
-        "features": [flag for flag in FEATURES if flag in cpu_flags()],
+        "features": [flag for flag in X86_FEATURES + ARM_FEATURES if flag in cpu_flags()],
         "cores": _usable_cores(),
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "os": f"{platform.system()} {platform.release()}".strip(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": {name: _installed(names) for name, names in PACKAGES.items()},
+        "versions": {name: installed_version(*names) for name, names in PACKAGES.items()},
     }
 
 
@@ -65,7 +66,8 @@ def _usable_cores() -> int | None:
     return os.cpu_count()
 
 
-def _installed(names: tuple[str, ...]) -> str | None:
+def installed_version(*names: str) -> str | None:
+    """Return the version of the first of these distributions that is installed."""
     for name in names:
         try:
             return version(name)

@@ -85,7 +85,7 @@ def _bundle_lines(folder: Path) -> Iterator[str]:
 
 
 def _measured_lines(measured: JsonDict) -> Iterator[str]:
-    if "accuracy" in measured:
+    if measured.get("accuracy") is not None:
         yield f"accuracy: {measured['accuracy']:.2%} on the test split"
     for batch, latency in measured.get("latency_ms", {}).items():
         told = "not measured on the target" if latency is None else f"{latency:.3f} ms"

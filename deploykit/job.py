@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ from deploykit.artifacts import JsonDict
 from deploykit.errors import RecipeError, UsageError
 from deploykit.interrupt import stop_on_signals
 from deploykit.progress import LoggedProgress, Progress, SilentProgress
-from deploykit.publish import LOCK, lock_folder, refuse_existing
+from deploykit.publish import lock_folder, refuse_existing
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder, check_same_recipe
 from deploykit.targets import resolve_target
@@ -66,17 +68,19 @@ def run_recipe(
     """
     run, resuming = RunFolder(out), resume and (out / "recipe.yaml").is_file()
     resolve_target(recipe.target)
+    _check_replay(recipe, replay)
     if resuming:
         check_same_recipe(run, recipe)
-    else:
+    elif not (run.is_empty() and (resume or force)):
         refuse_existing(out, force)
     with stop_on_signals():
-        from deploykit.pipeline import initial_candidate, run_stages
+        from deploykit.pipeline import run_stages
+        from deploykit.start import initial_candidate
 
         dataset = dataset or read_data(recipe)
         start = initial_candidate(recipe, dataset, module)
         # Nothing is written, and nothing old removed, before the inputs are known to be good.
-        with lock_folder(out):
+        with lock_folder(out), _told_as_usage(out):
             if not resuming:
                 _make_room(run, force)
                 run.write_recipe(recipe)
@@ -86,7 +90,7 @@ def run_recipe(
             report = run_stages(
                 recipe, run, dataset, start=start, progress=told, replay=replay, commands=commands
             )
-    return Run(out, report.to_json())
+    return Run(out, json.loads(json.dumps(report.to_json())))  # as the file has it
 
 
 def read_data(recipe: Recipe) -> Dataset:
@@ -103,8 +107,32 @@ def read_data(recipe: Recipe) -> Dataset:
     return load_dataset(recipe.data, task=recipe.task, seed=recipe.seed, base=Path())
 
 
+def _check_replay(recipe: Recipe, replay: Mapping[str, JsonDict] | None) -> None:
+    """Refuse measurements that lack a stage before any work is done."""
+    named = {"prune": recipe.prune, "quantize": recipe.quantize}
+    stages = ["train", *(name for name, section in named.items() if section is not None)]
+    missing = [name for name in stages if replay is not None and name not in replay]
+    if missing:
+        raise UsageError(
+            f"--latency-table: expected measurements of {', '.join(missing)}, got only "
+            f"{', '.join(replay or ()) or 'none'}; take a measurements.json of the same stages"
+        )
+
+
+@contextmanager
+def _told_as_usage(out: Path) -> Iterator[None]:
+    """Tell what the file system refuses (full, read-only) in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or out}: cannot be written: {error.strerror or error}; "
+            "mend the place, then go on with --resume"
+        ) from error
+
+
 def _make_room(run: RunFolder, force: bool) -> None:
     """Empty the folder; another process may have filled it since it was looked at."""
-    if not force and {entry.name for entry in run.path.iterdir()} - {LOCK}:
+    if not force and not run.is_empty():
         raise UsageError(f"{run.path}: another process made it meanwhile; choose another place")
     run.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
-from deploykit.artifacts import Candidate, JsonDict, Report, Signature, TensorSpec
+from deploykit.artifacts import Candidate, JsonDict, Report
 from deploykit.bundle_files import Golden, golden_files
 from deploykit.data import Dataset
-from deploykit.decisions import Decision, ptq_decision, stage_decision
+from deploykit.decisions import ptq_decision, stage_decision
 from deploykit.errors import BudgetError, DataError
 from deploykit.interrupt import raise_if_stopped
-from deploykit.models.build import build_model
-from deploykit.models.normalization import fold_normalization
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
@@ -30,9 +27,7 @@ from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
 from deploykit.runtime import open_session, run_model
-from deploykit.seeds import stable_seed
 from deploykit.stages import Stage, measure_stages, prove
-from deploykit.structure import example_input
 from deploykit.targets import resolve_target
 from deploykit.train import Training, fit
 
@@ -73,7 +68,7 @@ def run_stages(
         recipe: with absolute paths.
         run: an existing folder that this process holds.
         dataset: the recipe's, loaded.
-        start: the float model that the run begins with, see `initial_candidate`.
+        start: the float model that the run begins with, see `deploykit.start`.
         progress: who is told how far it is.
         replay: measurements to decide by in place of new ones, by stage.
         commands: lines that reproduce the run, for the report.
@@ -96,11 +91,14 @@ def run_stages(
         progress=progress,
     )
     work = Work(recipe, run, dataset, training)
-    stages, decisions = _make_stages(work, start)
+    stages, reasons = _make_stages(work, start)
     raise_if_stopped("measuring")
     work.say("measuring latency")
     measured = measure_stages(stages, recipe, run, replay)
-    decisions += [stage_decision(before, after, measured) for before, after in pairwise(stages)]
+    decisions = [
+        stage_decision(before, after, measured, reasons.get(after.name, ""))
+        for before, after in pairwise(stages)
+    ]
     _keep_golden(work, stages[-1])
     report = make_report(recipe, dataset, stages, measured, decisions=decisions, commands=commands)
     write_report(report, run.path)
@@ -110,9 +108,10 @@ def run_stages(
     return report
 
 
-def _make_stages(work: Work, start: Candidate) -> tuple[list[Stage], list[Decision]]:
+def _make_stages(work: Work, start: Candidate) -> tuple[list[Stage], dict[str, str]]:
+    """Return the stages in order, and what was decided within one, by its name."""
     recipe: Recipe = work.recipe
-    decisions: list[Decision] = []
+    reasons: dict[str, str] = {}
     stages = [_proved(work, time.monotonic(), lambda: train(start, work))]
     if recipe.prune is not None:
         section, target = recipe.prune, resolve_target(recipe.target)
@@ -124,10 +123,9 @@ def _make_stages(work: Work, start: Candidate) -> tuple[list[Stage], list[Decisi
             )
         )
     if recipe.quantize is not None:
-        stage, decision = _quantize(work, stages[-1], stages[0])
+        stage, reasons["quantize"] = _quantize(work, stages[-1], stages[0])
         stages.append(stage)
-        decisions.append(decision)
-    return stages, decisions
+    return stages, reasons
 
 
 def _proved(work: Work, started: float, make: Callable[[], Candidate]) -> Stage:
@@ -152,68 +150,28 @@ def train(candidate: Candidate, work: Work) -> Candidate:
     return replace(candidate, module=module, notes=notes)
 
 
-def initial_candidate(recipe: Recipe, dataset: Dataset, module: nn.Module | None) -> Candidate:
-    """Build the recipe's model, with one mean and one std where that can be."""
-    classes = len(dataset.classes)
-    if module is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(stable_seed(recipe.seed, "weights"))
-            module = build_model(
-                recipe.model, classes=classes, sample_shape=dataset.sample_shape, base=Path()
-            )
-    signature = Signature(
-        inputs=(_input_spec(dataset),),
-        outputs=(TensorSpec("logits", "float32", (-1, classes)),),
-        labels=dataset.classes,
-        preprocess=dataset.preprocess,
-    )
-    structure: JsonDict = {
-        "model": {"name": recipe.model.name, "arguments": recipe.model.arguments},
-        "classes": classes,
-        "sample_shape": list(dataset.sample_shape),
-    }
-    plain = Candidate(module, signature, structure, stage="train")
-    folded, preprocess, note = fold_normalization(
-        module, dataset.preprocess, example_input(plain, batch=2)
-    )
-    return replace(
-        plain,
-        module=folded,
-        signature=replace(signature, preprocess=preprocess),
-        structure={**structure, "input": note},
-        notes={"input": note},
-    )
-
-
-def _input_spec(dataset: Dataset) -> TensorSpec:
-    if dataset.preprocess is None:
-        return TensorSpec("features", "float32", (-1, *dataset.sample_shape))
-    return TensorSpec("image", "uint8", (-1, *dataset.sample_shape))
-
-
-def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, Decision]:
+def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     """Calibrate or train, as the mode says; ``auto`` trains only where calibrating costs more."""
     recipe, section = work.recipe, work.recipe.quantize
     assert section is not None
     target, started = resolve_target(recipe.target), time.monotonic()
     rows = calibration_rows(len(work.dataset.train), section, recipe.seed)
-    samples = work.dataset.train.load(rows)
-    work.run.save_calibration(samples)
+    samples = work.run.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
     if section.mode != "qat":
         stage = _proved(work, started, lambda: calibrate(before.candidate, samples, target=target))
         if section.mode == "ptq":
-            return stage, Decision("quantize", kept=True, why=why)
+            return stage, why
         decision = ptq_decision(baseline, stage, recipe.budget, DEFAULT_MAX_DROP)
         if decision.kept:
-            return stage, decision
+            return stage, decision.why
         why = decision.why
     stage = _proved(
         work,
         started,
         lambda: train_quantized(before.candidate, work.training, section, target=target),
     )
-    return stage, Decision("quantize", kept=True, why=f"qat: {why}")
+    return stage, f"qat: {why}"
 
 
 def _keep_splits(run: RunFolder, dataset: Dataset) -> None:
@@ -226,9 +184,8 @@ def _keep_splits(run: RunFolder, dataset: Dataset) -> None:
     if written is None:
         run.write_json("splits.json", splits)
     elif written != splits:
-        changed = [
-            name for name, split in splits["splits"].items() if written["splits"][name] != split
-        ]
+        before = written.get("splits", {})
+        changed = [name for name, split in splits["splits"].items() if before.get(name) != split]
         raise DataError(
             f"data: the {', '.join(changed) or 'preprocessing'} changed since the run began; "
             "restore the data, or start anew with --force"
@@ -243,7 +200,8 @@ def _keep_golden(work: Work, final: Stage) -> None:
     inputs = split.load(chosen)
     session = open_session(final.model.path.read_bytes(), work.recipe.threads)
     golden = Golden([split.raw(int(i)) for i in chosen], inputs, run_model(session, inputs))
-    with publish_folder(work.run.golden, force=True) as staging:
+    shutil.rmtree(work.run.golden, ignore_errors=True)  # of this run, before it was resumed
+    with publish_folder(work.run.golden) as staging:
         for name, data in golden_files(golden).items():
             (staging / Path(name).name).write_bytes(data)
 

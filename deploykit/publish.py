@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ from typing import Any
 from deploykit.errors import UsageError
 
 # A folder that holds one of these was made here, and so may be replaced by --force.
-OUR_FILES = ("manifest.json", "recipe.yaml", "structure.json")
+OUR_FILES = ("manifest.json", "recipe.yaml", "structure.json", "expected.npz")
 LOCK = ".lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Replace the file at ``path`` by ``data``, wholly or not at all.
+
+    Args:
+        path: the file.
+        data: all of it, or its pieces in order, each written before the next is asked for.
 
     Raises:
         UsageError: the place cannot be written.
@@ -37,7 +41,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         try:
             with staging.open("xb") as file:
                 _lock(file.fileno())
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             staging.replace(path)

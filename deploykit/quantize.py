@@ -16,6 +16,7 @@ from deploykit.quantization.deployable import exact_inputs
 from deploykit.quantization.graphs import (
     calibration_graph,
     freeze_statistics,
+    quiet,
     read_parameters,
     set_graph_mode,
     training_graph,
@@ -49,7 +50,7 @@ def calibrate(candidate: Candidate, samples: np.ndarray, *, target: Target) -> C
 
     exact = exact_inputs(candidate, target)
     graph = calibration_graph(candidate.module, example_input(candidate, batch=2), target, exact)
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         for start in range(0, len(samples), CALIBRATION_BATCH):
             batch = torch.from_numpy(np.array(samples[start : start + CALIBRATION_BATCH]))
             graph(normalize(batch, candidate.signature.preprocess))

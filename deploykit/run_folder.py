@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import ModelError, UsageError
 from deploykit.publish import LOCK, publish_folder, write_atomic, write_json
 from deploykit.recipe.sections import Recipe
+
+CHUNK = 64  # samples that are read at once
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,25 @@ class RunFolder:
         """Return the folder of the candidate that ``stage`` made."""
         return self.path / "candidates" / stage
 
+    def is_empty(self) -> bool:
+        """Whether a process that was killed at its very beginning may have left the folder."""
+        if self.path.is_symlink() or not self.path.is_dir():
+            return False
+        return all(
+            entry.name == LOCK or fnmatch(entry.name, ".recipe.yaml.????????.tmp")
+            for entry in self.path.iterdir()
+        )
+
     def clear(self) -> None:
-        """Remove everything but the lock that this process holds."""
-        for entry in self.path.iterdir():
-            if entry.name != LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Remove everything but the lock that this process holds.
+
+        The recipe goes last: it tells that the folder is a run, should this be interrupted.
+        """
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
 
     def recipe(self) -> Recipe:
         """Read the resolved recipe.
@@ -92,11 +110,16 @@ class RunFolder:
         with publish_folder(self.candidate(candidate.stage), force=True) as staging:
             save_candidate(candidate, staging)
 
-    def save_calibration(self, samples: np.ndarray) -> None:
-        """Keep the calibration samples."""
-        from deploykit.bundle_files import npy_bytes
+    def save_calibration(
+        self, load: Callable[[np.ndarray], np.ndarray], rows: np.ndarray
+    ) -> np.ndarray:
+        """Keep the samples of ``rows``, read and written in chunks, and return them mapped.
 
-        write_atomic(self.calibration, npy_bytes(samples))
+        Memory does not grow with their number.
+        """
+        write_atomic(self.calibration, _npy_pieces(load, rows))
+        samples: np.ndarray = np.load(self.calibration, mmap_mode="r", allow_pickle=False)
+        return samples
 
     def read_json(self, name: str) -> JsonDict | None:
         """Return the content of a JSON file of the run, or None where it is not there yet.
@@ -111,11 +134,29 @@ class RunFolder:
             return None
         except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{path}: expected JSON, got {error}; run compress again") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{path}: expected a JSON object, got another; run compress again")
         return content
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Replace a JSON file of the run."""
         write_json(self.path / name, value)
+
+
+def _npy_pieces(load: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> Iterator[bytes]:
+    """Yield the bytes of a ``.npy`` file of samples."""
+    for start in range(0, len(rows), CHUNK):
+        samples = np.ascontiguousarray(load(rows[start : start + CHUNK]))
+        if start == 0:
+            described = {
+                "descr": np.lib.format.dtype_to_descr(samples.dtype),
+                "fortran_order": False,
+                "shape": (len(rows), *samples.shape[1:]),
+            }
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, described)
+            yield header.getvalue()
+        yield samples.tobytes()
 
 
 def check_same_recipe(run: RunFolder, recipe: Recipe) -> None:

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from deploykit.artifacts import JsonDict, OnnxModel, Signature
 from deploykit.bundle import Golden, write_bundle
-from deploykit.errors import ModelError, VerificationError
+from deploykit.environment import environment
+from deploykit.errors import BudgetError, ModelError, VerificationError
 from deploykit.publish import refuse_existing
+from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
+from deploykit.runtime import open_session, run_model
 from deploykit.targets import Target, resolve_target
 
 # A golden answer may differ by this many steps of the output on another CPU of the target.
 GOLDEN_STEPS = 2.0
+NEEDED = {"final", "baseline", "drop", "budget", "environment", "details"}  # of a report.json
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What goes into a bundle beside the recipe's own words; see `write_bundle`."""
+
+    model: OnnxModel
+    measured: JsonDict
+    measured_on: JsonDict | None
+    verified_on: JsonDict
+    parity: JsonDict
+    golden: Golden
 
 
 def export_run(run: Path, out: Path, *, target: str | None = None, force: bool = False) -> Path:
     """Write the bundle of a finished run.
 
-    The model is the file that the run measured, found by its hash; nothing is converted anew.
+    The model is the file that the run measured, found by its hash. Only for a target that
+    computes integers otherwise is it made anew, from the float candidate and the stored
+    calibration samples.
 
     Args:
         run: the folder that ``compress`` wrote.
@@ -36,39 +57,72 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
 
     Raises:
         ModelError: ``run`` is not a finished run.
-        VerificationError: the run's files were altered, or its model does not fit ``target``.
+        VerificationError: the run's files were altered, or its model cannot be made for
+            ``target``.
+        BudgetError: the run's budget does not hold, or not for ``target``.
     """
     refuse_existing(out, force)
     folder = RunFolder(run)
     recipe, report = folder.recipe(), _finished(folder)
-    final = report["final"]
-    shipped = report["details"]["model"]
-    made_for = resolve_target(shipped["target"])
+    made_for = resolve_target(report["details"]["model"]["target"])
     wanted = made_for if target is None else resolve_target(target)
-    if shipped["quantized"] and _scheme(wanted) != _scheme(made_for):
-        raise VerificationError(
-            f"{run}: its integers were made for {made_for.name}, which {wanted.name} would compute "
-            f"with other results; run compress with --set target={wanted.name}"
+    quantized = report["details"]["model"]["quantized"]
+    with TemporaryDirectory(prefix="deploykit-") as scratch:
+        if quantized and _scheme(wanted) != _scheme(made_for):
+            shipment = _recalibrated(folder, recipe, report, wanted, Path(scratch) / "model.onnx")
+        else:
+            shipment = _as_measured(folder, report, here=wanted == made_for)
+        return write_bundle(
+            shipment.model,
+            out,
+            name=recipe.name,
+            version="1",
+            target=wanted.name,
+            threads=recipe.threads,
+            task=recipe.task,
+            measured=shipment.measured,
+            measured_on=shipment.measured_on,
+            verified_on=shipment.verified_on,
+            tolerance=_tolerance(shipment.parity),
+            golden=shipment.golden,
+            force=force,
         )
+
+
+def _as_measured(folder: RunFolder, report: JsonDict, *, here: bool) -> Shipment:
+    """Take the very file that the run measured; ``here`` says whether on the target."""
+    final, shipped = report["final"]["name"], report["details"]["model"]
     model = OnnxModel(
-        folder.onnx(final["name"]), Signature.from_json(shipped["signature"]), shipped["opset"]
+        folder.onnx(final), Signature.from_json(shipped["signature"]), shipped["opset"]
     )
     _check_hash(model, shipped["sha256"])
-    here = wanted == made_for
-    return write_bundle(
+    return Shipment(
         model,
-        out,
-        name=recipe.name,
-        version="1",
-        target=wanted.name,
-        threads=recipe.threads,
-        task=recipe.task,
         measured=_measured(report, latencies=here),
         measured_on=report["environment"] if here else None,
         verified_on=report["environment"],
-        tolerance=_tolerance(report["details"]["parity"][final["name"]]),
+        parity=report["details"]["parity"][final],
         golden=_golden(folder),
-        force=force,
+    )
+
+
+def _recalibrated(
+    folder: RunFolder, recipe: Recipe, report: JsonDict, target: Target, path: Path
+) -> Shipment:
+    """Make the model anew for ``target``; its latency is unknown until it runs there."""
+    from deploykit.retarget import recalibrate
+
+    made = recalibrate(folder, recipe, target, path)
+    golden = _golden(folder)
+    session = open_session(path.read_bytes(), recipe.threads)
+    unknown = {"peak_memory_bytes": None, "parity": made.parity}
+    return Shipment(
+        made.model,
+        measured={**_measured(report, latencies=False), **unknown, **made.measured},
+        measured_on=None,
+        verified_on=environment(),
+        parity=made.parity,
+        golden=replace(golden, outputs=run_model(session, golden.inputs)),
     )
 
 
@@ -80,9 +134,14 @@ def _finished(folder: RunFolder) -> JsonDict:
             f"{folder.path}: expected a finished run with report.json, found none; "
             "finish it with deploykit compress --resume"
         )
+    if missing := sorted(NEEDED - set(report)):
+        raise ModelError(
+            f"{folder.path / 'report.json'}: expected the report of a run, got one without "
+            f"{', '.join(missing)}; run compress --resume"
+        )
     if not report["budget"]["passed"]:
         why = "; ".join(one["why"] for one in report["budget"]["checks"] if not one["passed"])
-        raise VerificationError(f"{folder.path}: its budget does not hold: {why}; mend the recipe")
+        raise BudgetError(f"{folder.path}: its budget does not hold: {why}; mend the recipe")
     return report
 
 
@@ -141,7 +200,7 @@ def _golden(folder: RunFolder) -> Golden:
         with np.load(folder.golden / "expected.npz", allow_pickle=False) as expected:
             inputs, outputs = expected["inputs"], expected["outputs"]
         items = [path.read_bytes() for path in files]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise ModelError(
             f"{folder.golden}: expected the run's golden samples, got {error}; "
             "run compress --resume"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from deploykit.artifacts import Candidate, JsonDict, OnnxModel
 from deploykit.data import Dataset
-from deploykit.export import export_onnx
+from deploykit.errors import UsageError
+from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
 from deploykit.measure import (
     Evaluation,
@@ -86,10 +89,13 @@ def measure_stages(
     """
     written = {stage.name: _sha256(stage.model) for stage in stages}
     known = run.read_json("measurements.json")
-    if known is not None and known["models"] == written:
+    if known is not None and known.get("models") == written:
         kept: dict[str, JsonDict] = known["stages"]
         return kept
-    measured = _replayed(stages, replay) if replay is not None else _measured(stages, recipe)
+    if replay is None:
+        measured = _measured(stages, recipe)
+    else:
+        measured = {stage.name: replay[stage.name] for stage in stages}
     run.write_json(
         "measurements.json",
         {"schema": 1, "models": written, "threads": recipe.threads, "stages": measured},
@@ -112,16 +118,24 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
     }
 
 
-def _replayed(stages: list[Stage], replay: Mapping[str, JsonDict]) -> dict[str, JsonDict]:
-    from deploykit.errors import UsageError
+def read_measurements(path: Path) -> dict[str, JsonDict]:
+    """Return the stages of a ``measurements.json``, to decide by them again.
 
-    missing = [stage.name for stage in stages if stage.name not in replay]
-    if missing:
+    Raises:
+        UsageError: it is no such file.
+    """
+    try:
+        stages: dict[str, JsonDict] = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        for measured in stages.values():
+            int(measured["peak_memory_bytes"])
+            for batch in ("1", "32"):
+                Latency.from_json(measured["latency"][batch])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
-            f"--latency-table: expected measurements of {', '.join(missing)}, got only "
-            f"{', '.join(replay) or 'none'}; take a measurements.json of the same stages"
-        )
-    return {stage.name: replay[stage.name] for stage in stages}
+            f"--latency-table: {path}: expected the measurements.json of a run, got "
+            f"{type(error).__name__}: {error}; name one"
+        ) from error
+    return stages
 
 
 def describe(stage: Stage, measured: JsonDict) -> JsonDict:

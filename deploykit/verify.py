@@ -15,7 +15,7 @@ from deploykit import runtime
 from deploykit.artifacts import Candidate, JsonDict, OnnxModel
 from deploykit.errors import VerificationError
 from deploykit.quantization.deployable import candidate_graph, deployable
-from deploykit.quantization.rules import kernels, module_of
+from deploykit.quantization.rules import NORM, kernels, module_of
 from deploykit.recipe.sections import VerifySection
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ BATCH_SIZES = (1, 2, 7, 64)
 # Float models are held to a quarter of the step that an 8-bit output of their range would have.
 FLOAT_STEPS = 0.25
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,19 @@ def verify_onnx(
     """
     graph = candidate_graph(candidate)
     reference = deployable(candidate, graph)
-    session = runtime.open_session(model.path.read_bytes(), threads, runtime.CPU)
     expected, answered = [], []
-    for indices in _batches(min(section.samples, len(split))):
-        inputs = split.load(indices)
-        with torch.no_grad():
-            expected.append(reference(torch.from_numpy(inputs)).numpy())
-        answered.append(runtime.run_model(session, inputs))
-    parity = _compare(np.concatenate(expected), np.concatenate(answered), candidate, graph, section)
-    if parity.agreement < section.min_agreement or parity.max_steps > parity.allowed_steps:
+    try:
+        session = runtime.open_session(model.path.read_bytes(), threads, runtime.CPU)
+        for indices in _batches(min(section.samples, len(split))):
+            inputs = split.load(indices)
+            with torch.no_grad():
+                expected.append(reference(torch.from_numpy(inputs)).numpy())
+            answered.append(runtime.run_model(session, inputs))
+    except runtime.RunnerError as error:
+        raise VerificationError(f"{candidate.stage}: {error}; export the model anew") from error
+    parity = _compare(np.concatenate(expected), np.concatenate(answered), graph, section)
+    # Written so that a comparison with NaN fails.
+    if not (parity.agreement >= section.min_agreement and parity.max_steps <= parity.allowed_steps):
         layer = first_divergence(candidate, graph, model, split, threads=threads)
         raise VerificationError(
             f"{candidate.stage}: expected ONNX Runtime to agree with torch on at least "
@@ -99,7 +104,6 @@ def _batches(count: int) -> list[np.ndarray]:
 def _compare(
     expected: np.ndarray,
     answered: np.ndarray,
-    candidate: Candidate,
     graph: GraphModule,
     section: VerifySection,
 ) -> Parity:
@@ -140,8 +144,8 @@ def first_divergence(
     nodes, names, tensors = _probes(graph, onnx.load(model.path))
     values = _torch_values(candidate, graph, inputs, nodes)
     answers = _runtime_values(model, tensors, inputs, threads)
-    for node, name in zip(nodes, names, strict=True):
-        expected, answered = values[node].numpy(), answers[tensors[names.index(name)]]
+    for node, name, tensor in zip(nodes, names, tensors, strict=True):
+        expected, answered = values[node].numpy(), answers[tensor]
         if expected.shape != answered.shape:
             return name
         difference = np.abs(expected.astype(np.float64) - answered.astype(np.float64))
@@ -159,13 +163,37 @@ def _probes(graph: GraphModule, proto: onnx.ModelProto) -> tuple[list[Node], lis
         names = [_layer_name(node.all_input_nodes[0]) for node in quantized]
         if len(tensors) == len(quantized):
             return quantized, names, tensors
-    outputs = {node.name: node.output[0] for node in proto.graph.node}
-    layers = [node for node in kernels(graph.graph) if module_of(node) in outputs]
+    written = {node.name: node for node in proto.graph.node}
+    layers = [node for node in kernels(graph.graph) if module_of(node) in written]
     names = [module_of(node) for node in layers]
-    return layers, names, [outputs[name] for name in names]
+    ends = [_ends(layer, written[name], proto) for layer, name in zip(layers, names, strict=True)]
+    return [node for node, _ in ends], names, [tensor for _, tensor in ends]
+
+
+def _ends(layer: Node, written: onnx.NodeProto, proto: onnx.ModelProto) -> tuple[Node, str]:
+    """Return where a float layer ends, in torch and in the file.
+
+    The exporter folds a BatchNorm into the layer before it, and writes the bias of a linear
+    layer as an addition where the layer has more than two axes.
+    """
+    tensor: str = written.output[0]
+    readers = [node for node in proto.graph.node if tensor in node.input]
+    after = readers[0].op_type if len(readers) == 1 else ""
+    if after == "Add" and written.op_type == "MatMul" and len(layer.all_input_nodes) == 3:
+        tensor = readers[0].output[0]
+    norm = next(iter(layer.users))
+    folded = len(layer.users) == 1 and norm.target is NORM and after != "BatchNormalization"
+    return (norm if folded else layer), tensor
 
 
 def _layer_name(node: Node) -> str:
+    """Name the layer whose fused group ends in ``node``, or the node where there is none."""
+    layers = set(kernels(node.graph))
+    head = node
+    while head not in layers and len(head.all_input_nodes) == 1 and head.target is not DEQUANTIZE:
+        head = head.all_input_nodes[0]
+    if head in layers and module_of(head):
+        return module_of(head)
     return f"{module_of(node) or 'the model'} ({node.name})"
 
 

@@ -144,3 +144,18 @@ def test_a_function_takes_no_path(tmp_path):
     write(tmp_path, "def data(): return pair()")
     with pytest.raises(DataError, match=r"data\.train: expected none, got a path"):
         read(tmp_path, train="x.npz")
+
+
+def test_the_file_and_its_function_import_their_neighbours(tmp_path):
+    (tmp_path / "data_parts_early.py").write_text("count = 20\n")
+    (tmp_path / "data_parts_late.py").write_text("classes = 2\n")
+    body = (
+        "from data_parts_early import count\n"
+        "def data():\n"
+        "    from data_parts_late import classes\n"
+        "    return pair(count)[0], np.arange(count) % classes\n"
+    )
+    write(tmp_path, body)
+    path = list(sys.path)
+    assert len(read(tmp_path).classes) == 2
+    assert sys.path == path

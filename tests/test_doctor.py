@@ -6,6 +6,7 @@ import pytest
 
 from deploykit import doctor as module
 from deploykit.doctor import doctor, render
+from deploykit.environment import environment
 from deploykit.targets import TARGETS
 
 
@@ -24,10 +25,18 @@ def test_rendering_names_target_and_versions():
 
 
 def test_rendering_holds_where_nothing_is_known():
-    bare = {"cpu": None, "flags": [], "cores": 1, "memory_bytes": None, "target": "cpu-arm64"}
-    text = render({**bare, "providers": [], "gpus": [], "versions": {"torch": None}, "system": "x"})
+    machine = {"cpu": None, "features": [], "cores": 1, "memory_bytes": None, "python": "3.11"}
+    offers = {"target": "cpu-arm64", "providers": [], "gpus": [], "versions": {"torch": None}}
+    text = render({**machine, **offers, "os": "x", "machine": "y"})
     assert "none: pip install onnxruntime" in text
     assert "not installed" in text
+
+
+def test_doctor_tells_what_every_measurement_tells():
+    found, told = doctor(), environment()
+    versions = told.pop("versions")
+    assert told.items() <= found.items()
+    assert versions.items() <= found["versions"].items()
 
 
 def test_doctor_imports_no_torch():

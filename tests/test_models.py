@@ -91,6 +91,16 @@ def test_model_of_the_user_is_found_relative_to_the_recipe(tmp_path):
     assert (module.in_features, module.out_features) == (5, 3)
 
 
+def test_function_of_the_user_imports_its_neighbours_when_it_is_called(tmp_path):
+    (tmp_path / "late_parts.py").write_text("from torch import nn\nlayer = nn.Linear\n")
+    text = "def net(classes):\n    from late_parts import layer\n    return layer(4, classes)\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert build("mine.py:net", tmp_path, classes=3).out_features == 3
+    (tmp_path / "mine.py").write_text("def net():\n    import parts_that_are_not_there\n")
+    with pytest.raises(ModelError, match=r"mine\.py:net: its code raised ModuleNotFoundError"):
+        build("mine.py:net", tmp_path)
+
+
 def test_two_files_of_one_name_are_two_models(tmp_path):
     for folder, width in (("a", 3), ("b", 4)):
         (tmp_path / folder).mkdir()
@@ -104,8 +114,8 @@ def test_two_files_of_one_name_are_two_models(tmp_path):
     ("name", "text", "message"),
     [
         ("m.py:net", None, "no such file"),
-        ("m.py:net", "def other(): pass", "has no function 'net'"),
-        ("m.py:net", "net = 3", "has no function 'net'"),
+        ("m.py:net", "def other(): pass", "expected a function 'net' in m.py, got none"),
+        ("m.py:net", "net = 3", "expected a function 'net' in m.py, got none"),
         ("m.py:net", "raise KeyError('x')", "KeyError"),
         ("m.py:net", "def net(:", "SyntaxError"),
         ("m.py:net", "def net(): return 3", "expected a torch.nn.Module, got int"),

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from deploykit.cost import count_macs
 from deploykit.errors import CompressionError
 from deploykit.models.digits_cnn import digits_cnn
 from deploykit.models.resnet_cifar import resnet_cifar
 from deploykit.prune import prune_channels
-from deploykit.prune.notes import count_macs
 from deploykit.prune.selection import Prunable, select_channels
 from deploykit.prune.trial import Twin
 from deploykit.widths import read_widths

@@ -35,7 +35,14 @@ def peak_memory_bytes(model: OnnxModel, threads: int, batch_size: int = 32) -> i
         "batch_size": batch_size,
     }
     command = [sys.executable, "-c", _PROGRAM]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+    # In a session of its own: Ctrl-C is for the caller, who stops at a safe place.
+    done = subprocess.run(
+        command,
+        input=json.dumps(order),
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ModelError(f"{model.path}: its memory could not be measured: {reason}")

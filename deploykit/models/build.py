@@ -12,9 +12,9 @@ from deploykit.errors import DeploykitError, MissingDependency, ModelError
 from deploykit.models.digits_cnn import digits_cnn
 from deploykit.models.mlp import mlp
 from deploykit.models.resnet_cifar import RESNETS
-from deploykit.models.user import load_factory
 from deploykit.models.weights import load_weights
 from deploykit.recipe.sections import ModelSection
+from deploykit.user_code import load_function
 
 Factory = Callable[..., nn.Module]
 
@@ -98,7 +98,7 @@ def find_factory(name: str, base: Path) -> Factory:
     if library == "timm":
         return _timm_factory(model)
     if ".py:" in name:
-        return load_factory(name, base)
+        return load_function(name, base, key="model.name", error=ModelError)
     raise ModelError(
         f"model.name: expected one of {', '.join(FACTORIES)}, torchvision:NAME, timm:NAME or "
         f"path/to/file.py:function, got {name!r}"

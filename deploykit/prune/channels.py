@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from deploykit.cost import count_macs, count_parameters
 from deploykit.errors import CompressionError
 from deploykit.models.modes import evaluating
 from deploykit.prune.graph import Graph
 from deploykit.prune.groups import match_modules, rank_groups, set_gradients
-from deploykit.prune.notes import PruneNotes, count_macs, count_parameters
+from deploykit.prune.notes import PruneNotes
 from deploykit.prune.selection import Prunable, select_channels
 from deploykit.prune.trial import Twin
 from deploykit.widths import output_width, read_widths

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deploykit.artifacts import Candidate, JsonDict
+from deploykit.cost import count_macs, count_parameters
 from deploykit.prune.channels import narrowed, prune_channels
-from deploykit.prune.notes import PruneNotes, count_macs, count_parameters
+from deploykit.prune.notes import PruneNotes
 from deploykit.recipe.sections import PruneSection
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate
 from deploykit.quantization.graphs import integer_graph, trace
+from deploykit.quantization.quantizer import Parameters
 from deploykit.runtime import zero_point_and_scale
 from deploykit.structure import example_input
 from deploykit.targets import Target, resolve_target
@@ -36,7 +37,8 @@ class FromPixels(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalize and answer."""
-        pixels = image.permute(0, 3, 1, 2)
+        # Contiguous as in training: strides of its own would fail a view, and export as nothing.
+        pixels = image.permute(0, 3, 1, 2).contiguous()
         integers = torch.ops.quantized_decomposed
         if self.shared:
             normalized = integers.dequantize_per_tensor(
@@ -50,13 +52,13 @@ class FromPixels(nn.Module):
         return answer
 
 
-def exact_inputs(candidate: Candidate, target: Target) -> frozenset[str]:
-    """Return the keys of inputs that are integers on one grid before any quantization."""
+def exact_inputs(candidate: Candidate, target: Target) -> dict[str, Parameters]:
+    """Return scale and zero point of inputs that are integers on one grid as they come, by key."""
     preprocess = candidate.signature.preprocess
     if preprocess is None or target.activation_dtype != "uint8":
-        return frozenset()
-    shared = len(zero_point_and_scale(preprocess)[1]) == 1
-    return frozenset({PIXELS}) if shared else frozenset()
+        return {}
+    zero_point, scale = zero_point_and_scale(preprocess)
+    return {PIXELS: (float(scale[0]), int(zero_point[0]))} if len(scale) == 1 else {}
 
 
 def candidate_graph(candidate: Candidate) -> GraphModule:

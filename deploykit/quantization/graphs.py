@@ -7,6 +7,7 @@ learns another can use: weights by their own names, ranges by the name of the pr
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -28,6 +29,7 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
     )
 
     from deploykit.quantization.quantizer import (
+        Exact,
         Parameters,
         calibration_quantizer,
         integer_quantizer,
@@ -35,30 +37,31 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
     )
 
 from deploykit.errors import CompressionError, ModelError
-from deploykit.quantization.canonical import canonicalize
-from deploykit.quantization.rules import quantized_tensors
+from deploykit.quantization.canonical import canonicalize, pad_integers
+from deploykit.quantization.rules import DROPOUTS, LONE_NORM, NORM, quantized_tensors
 from deploykit.targets import Target
 
 aten = torch.ops.aten
-DROPOUTS = frozenset({aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default})
+TALKERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "torchao")
 
 
 def trace(module: nn.Module, example: Tensor) -> GraphModule:
-    """Export ``module`` in evaluation mode with a batch that stays dynamic.
+    """Export a copy of ``module`` in evaluation mode with a batch that stays dynamic.
 
     Args:
-        module: takes one tensor like ``example``.
+        module: takes one tensor like ``example``; shares nothing with the graph.
         example: ``(N, ...)`` with N >= 2; a batch of one would be taken for a constant.
 
     Raises:
         ModelError: the module cannot be exported, with the reason.
     """
-    was_training = module.training
-    module.eval()
     try:
         with quiet():
+            # A copy: an exported graph trains the very tensors that it was exported from.
             program = torch.export.export(
-                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+                copy.deepcopy(module).eval(),
+                (example,),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
             )
             return canonicalize(program.module(check_guards=False))
     except Exception as error:
@@ -67,20 +70,16 @@ def trace(module: nn.Module, example: Tensor) -> GraphModule:
             f"model: expected a module that torch.export can trace, got {reason}; avoid control "
             "flow that depends on values and shapes fixed to one batch size"
         ) from error
-    finally:
-        module.train(was_training)
 
 
-def training_graph(
-    module: nn.Module, example: Tensor, target: Target, exact: frozenset[str]
-) -> GraphModule:
+def training_graph(module: nn.Module, example: Tensor, target: Target, exact: Exact) -> GraphModule:
     """Return a graph that trains as if its weights and activations were integers.
 
     BatchNorm takes part as in training of the float module: its scale is folded into the
     weight before that is quantized (Jacob et al. 2018, section 3.2).
     """
     graph = trace(module, example)
-    norms = {_norm_name(node): node.args[6:8] for node in _norms(graph)}
+    norms = {_norm_name(node): _norm_constants(module, node) for node in _norms(graph)}
     with quiet():
         prepared: GraphModule = prepare_qat_pt2e(graph, training_quantizer(target, exact))
     _restore_norm_constants(prepared, norms)
@@ -88,7 +87,7 @@ def training_graph(
 
 
 def calibration_graph(
-    module: nn.Module, example: Tensor, target: Target, exact: frozenset[str]
+    module: nn.Module, example: Tensor, target: Target, exact: Exact
 ) -> GraphModule:
     """Return a float graph that watches the ranges of what will be quantized."""
     with quiet():
@@ -103,7 +102,7 @@ def integer_graph(
     example: Tensor,
     target: Target,
     parameters: Mapping[str, Parameters],
-    exact: frozenset[str],
+    exact: Exact,
 ) -> GraphModule:
     """Return the graph that ships: integer weights, quantize/dequantize pairs, BatchNorm folded.
 
@@ -112,7 +111,7 @@ def integer_graph(
             from another model or another torch.
     """
     graph = trace(module, example)
-    wanted = {tensor.key for tensor in quantized_tensors(graph.graph)} - exact
+    wanted = {tensor.key for tensor in quantized_tensors(graph.graph)} - set(exact)
     if wanted != set(parameters):
         missing, extra = sorted(wanted - set(parameters)), sorted(set(parameters) - wanted)
         raise CompressionError(
@@ -125,13 +124,24 @@ def integer_graph(
         prepared = prepare_pt2e(graph, integer_quantizer(target, parameters, exact))
         prepared(example)  # the weights' observers look once
         converted: GraphModule = convert_pt2e(prepared, fold_quantize=True)
-    return converted
+    return pad_integers(converted)
 
 
 def read_parameters(prepared: GraphModule) -> dict[str, Parameters]:
-    """Return scale and zero point of every activation that ``prepared`` has watched, by key."""
+    """Return scale and zero point of every activation that ``prepared`` has watched, by key.
+
+    Raises:
+        CompressionError: a value was not finite.
+    """
     parameters = {}
     for module in _ranges(prepared):
+        seen: Any = getattr(module, "activation_post_process", module)
+        if not bool(torch.isfinite(seen.min_val) & torch.isfinite(seen.max_val)):
+            raise CompressionError(
+                f"quantize: expected finite values in {module.tensor_key}, got infinity or NaN, "
+                "which no integers can hold; pad with a finite number, or lower the learning rate",
+                layer=str(module.tensor_key).partition(":")[0],
+            )
         scale, zero_point = module.calculate_qparams()  # type: ignore[operator]
         parameters[str(module.tensor_key)] = (float(scale.item()), int(zero_point.item()))
     return dict(sorted(parameters.items()))
@@ -146,10 +156,10 @@ def set_graph_mode(graph: nn.Module, training: bool, frozen: frozenset[str]) -> 
     """
     assert isinstance(graph, GraphModule)
     for node in graph.graph.nodes:
-        if node.target is aten.batch_norm.default:
-            node.update_arg(5, training and _norm_name(node) not in frozen)
-        elif node.target in DROPOUTS:
+        if node.target in DROPOUTS:
             node.update_arg(2, training)
+    for norm in _norms(graph):
+        norm.update_arg(5, training and _norm_name(norm) not in frozen)
     graph.recompile()
     for module in _ranges(graph):
         module.enable_observer(training)  # type: ignore[operator]
@@ -170,13 +180,25 @@ def _ranges(graph: GraphModule) -> Iterator[nn.Module]:
 
 
 def _norms(graph: GraphModule) -> Iterator[Node]:
-    return (node for node in graph.graph.nodes if node.target is aten.batch_norm.default)
+    """Yield the BatchNorms that have running statistics; others always take the batch's."""
+    return (
+        node
+        for node in graph.graph.nodes
+        if node.target in {NORM, LONE_NORM} and isinstance(node.args[3], Node)
+    )
 
 
 def _norm_name(norm: Node) -> str:
     mean = norm.args[3]
     assert isinstance(mean, Node)
     return str(mean.target).rpartition(".")[0]
+
+
+def _norm_constants(module: nn.Module, norm: Node) -> tuple[Any, ...]:
+    """Return momentum and epsilon; the default where there is no momentum: no graph can count."""
+    owner = module.get_submodule(_norm_name(norm))
+    cumulative = getattr(owner, "momentum", 0.1) is None
+    return (0.1 if cumulative else norm.args[6]), norm.args[7]
 
 
 def _restore_norm_constants(graph: GraphModule, norms: Mapping[str, tuple[Any, ...]]) -> None:
@@ -191,7 +213,8 @@ def _restore_norm_constants(graph: GraphModule, norms: Mapping[str, tuple[Any, .
         node.update_arg(7, epsilon)
         variance = node.args[4]
         assert isinstance(variance, Node)
-        for user in variance.users:
+        # update_arg takes the user out of the users and puts it back.
+        for user in list(variance.users):
             if user.target is aten.add.Tensor:
                 user.update_arg(1, epsilon)
     graph.recompile()
@@ -200,9 +223,10 @@ def _restore_norm_constants(graph: GraphModule, norms: Mapping[str, tuple[Any, .
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporters' warnings and notes about themselves from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torchao", "torch.onnx")]
+    loggers = [logging.getLogger(name) for name in TALKERS]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # What it cannot trace, torch.export prints as a graph on standard error.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

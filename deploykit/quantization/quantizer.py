@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import (
+    FakeQuantize,
     FusedMovingAvgObsFakeQuantize,
     HistogramObserver,
     MovingAverageMinMaxObserver,
@@ -27,6 +28,7 @@ from deploykit.quantization.rules import TRANSPOSED, kernels, quantized_tensors
 from deploykit.targets import Target
 
 Parameters = tuple[float, int]
+Exact = Mapping[str, Parameters]
 
 # Smallest scale: keeps a channel of zeros from dividing by nothing.
 EPS = 2.0**-24
@@ -39,14 +41,15 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         activation: makes the specification of a tensor from its key: an observer, a fake
             quantizer, or fixed parameters.
         weight: makes the specification of a weight from its channel axis.
-        exact: keys of tensors that hold integers on their grid already, such as pixels.
+        exact: specifications of tensors that hold integers on their grid already, such as
+            pixels, by key; a pair stands only where they were moved.
     """
 
     def __init__(
         self,
         activation: Callable[[str], QuantizationSpecBase],
         weight: Callable[[int], QuantizationSpecBase],
-        exact: frozenset[str],
+        exact: Mapping[str, QuantizationSpecBase],
     ) -> None:
         super().__init__()
         self._activation = activation
@@ -58,6 +61,8 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         """Mark in ``model`` what is quantized and how."""
         for tensor in quantized_tensors(model.graph):
             if tensor.key in self._exact:
+                if tensor.node is not tensor.root:
+                    _annotation(tensor.node).output_qspec = self._exact[tensor.key]
                 continue
             annotation = _annotation(tensor.node)
             if tensor.node is tensor.root:
@@ -95,36 +100,37 @@ def _annotation(node: Node) -> QuantizationAnnotation:
     return annotation
 
 
-def training_quantizer(target: Target, exact: frozenset[str]) -> FusionQuantizer:
+def training_quantizer(target: Target, exact: Exact) -> FusionQuantizer:
     """Return a quantizer that fakes integers and learns the ranges of activations."""
     observe = FusedMovingAvgObsFakeQuantize.with_args
     return FusionQuantizer(
         lambda key: _observed(
             target, observe(observer=MovingAverageMinMaxObserver, averaging_constant=0.01, eps=EPS)
         ),
-        # averaging_constant 1: always the present weight, as in the exported model.
+        # averaging_constant 1: always the present weight, as in the model that ships. Not fused:
+        # the fused kernel divides by 127.5 where all others divide by 127.
         lambda axis: _weight(
             target,
             axis,
-            observe(
+            FakeQuantize.with_args(
                 observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=EPS
             ),
         ),
-        exact,
+        _exact(target, exact),
     )
 
 
-def calibration_quantizer(target: Target, exact: frozenset[str]) -> FusionQuantizer:
+def calibration_quantizer(target: Target, exact: Exact) -> FusionQuantizer:
     """Return a quantizer that only watches; its memory does not grow with the samples."""
     return FusionQuantizer(
         lambda key: _observed(target, HistogramObserver.with_args(eps=EPS)),
         lambda axis: _weight(target, axis, PerChannelMinMaxObserver.with_args(eps=EPS)),
-        exact,
+        _exact(target, exact),
     )
 
 
 def integer_quantizer(
-    target: Target, parameters: Mapping[str, Parameters], exact: frozenset[str]
+    target: Target, parameters: Mapping[str, Parameters], exact: Exact
 ) -> FusionQuantizer:
     """Return a quantizer that gives every tensor its known parameters.
 
@@ -134,7 +140,7 @@ def integer_quantizer(
     return FusionQuantizer(
         lambda key: _fixed(target, *parameters[key]),
         lambda axis: _weight(target, axis, PerChannelMinMaxObserver.with_args(eps=EPS)),
-        exact,
+        _exact(target, exact),
     )
 
 
@@ -163,6 +169,10 @@ def _fixed(target: Target, scale: float, zero_point: int) -> QuantizationSpecBas
         quant_max=high,
         qscheme=torch.per_tensor_affine,
     )
+
+
+def _exact(target: Target, exact: Exact) -> dict[str, QuantizationSpecBase]:
+    return {key: _fixed(target, *parameters) for key, parameters in exact.items()}
 
 
 def _weight(target: Target, axis: int, observer: Callable[..., object]) -> QuantizationSpecBase:

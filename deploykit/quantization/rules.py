@@ -46,6 +46,8 @@ COMPUTING = frozenset(
     }
 )
 NORM = aten.batch_norm.default
+# The same arithmetic by a name that no library folds into the layer before it.
+LONE_NORM = torch.batch_norm
 CLIPPING = frozenset(
     {
         aten.relu.default,
@@ -73,11 +75,12 @@ MOVING = frozenset(
         aten.select.int,
         aten.contiguous.default,
         aten.clone.default,
-        aten.dropout.default,
-        aten.dropout_.default,
-        aten.feature_dropout.default,
     }
 )
+# Nothing in the model that ships; in training it scales what it lets through, out of the range.
+DROPOUTS = frozenset({aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default})
+# Where the value to pad with stands among the arguments.
+PAD_VALUES: dict[object, int] = {aten.pad.default: 3, aten.constant_pad_nd.default: 2}
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def quantized_tensors(graph: Graph) -> list[QuantizedTensor]:
         node = pending.pop()
         if node in roots or not _is_float(node):
             continue
-        if node.target in MOVING:
+        if moves(node):
             source = node.all_input_nodes[0]
             roots[node] = source
             pending.append(source)
@@ -115,13 +118,13 @@ def quantized_tensors(graph: Graph) -> list[QuantizedTensor]:
     return [
         QuantizedTensor(node, root := _follow(roots, node), names[heads.get(root, root)])
         for node in graph.nodes
-        if node in roots
+        if node in roots and node.target not in DROPOUTS
     ]
 
 
 def kernels(graph: Graph) -> Iterator[Node]:
     """Yield the weighted nodes of ``graph``: what must become an integer kernel."""
-    return (node for node in graph.nodes if node.target in WEIGHTED)
+    return (node for node in graph.nodes if _is_weighted(node))
 
 
 def activations(kernel: Node) -> list[Node]:
@@ -141,6 +144,25 @@ def group_tail(head: Node) -> Node:
     return tail
 
 
+def folds(norm: Node) -> bool:
+    """Whether a BatchNorm can become part of the weight of the layer that it reads.
+
+    It must have scale, shift and statistics; the layer this one reader, a weight of its own
+    and one output a channel.
+    """
+    layer = norm.args[0]
+    complete = all(isinstance(tensor, Node) for tensor in norm.args[1:5])
+    if not complete or not isinstance(layer, Node) or not _is_weighted(layer):
+        return False
+    alone = len(layer.users) == 1 and all(
+        len(constant.users) == 1 for constant in layer.all_input_nodes[1:]
+    )
+    if layer.target is aten.linear.default:
+        return alone and layer.meta["val"].ndim == 2
+    groups = layer.args[6] if layer.target in TRANSPOSED and len(layer.args) > 6 else 1
+    return alone and bool(groups == 1)
+
+
 def _sole_user(node: Node, targets: set[object]) -> Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target in targets else None
@@ -158,12 +180,29 @@ def _is_kernel(node: Node) -> bool:
     if node.op != "call_function" or not _is_float(node):
         return False
     if node.target in WEIGHTED:
-        return True
+        return _is_weighted(node)
     # Arithmetic with a literal has no second tensor for an integer kernel to read.
     return node.target in COMPUTING and (
         node.target not in {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
         or len(activations(node)) == len(node.args)
     )
+
+
+def _is_weighted(node: Node) -> bool:
+    """Whether ``node`` is a layer whose weight is known before any input is."""
+    return bool(node.target in WEIGHTED) and _is_constant(node.all_input_nodes[1])
+
+
+def _is_constant(node: Node) -> bool:
+    sources = node.all_input_nodes
+    return node.op == "get_attr" or (bool(sources) and all(map(_is_constant, sources)))
+
+
+def moves(node: Node) -> bool:
+    """Whether ``node`` only moves values, zero (which every range holds) among them."""
+    place = PAD_VALUES.get(node.target)
+    padding = None if place is None else next(iter(node.args[place : place + 1]), None)
+    return not padding and (node.target in MOVING or node.target in DROPOUTS)
 
 
 def _is_float(node: Node) -> bool:
@@ -178,15 +217,20 @@ def _follow(roots: dict[Node, Node], node: Node) -> Node:
 
 
 def _node_names(graph: Graph) -> dict[Node, str]:
-    """Name each node ``module:operator#n``, the n-th of its kind in that module."""
+    """Name each node ``module:operator#n``, the n-th of its kind in that module.
+
+    A tensor of the model's own is ``module:tensor``.
+    """
     counts: dict[str, int] = defaultdict(int)
     names = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = f"input:{counts['input']}"
             counts["input"] += 1
+        elif node.op == "get_attr":
+            names[node] = ":".join(str(node.target).rpartition(".")[::2])
         elif node.op == "call_function":
-            kind = str(node.target).split(".")[1].rstrip("_")
+            kind = node.target.__name__.partition(".")[0].rstrip("_")
             stem = f"{module_of(node)}:{kind}"
             names[node] = f"{stem}#{counts[stem]}"
             counts[stem] += 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -20,6 +21,8 @@ from deploykit.quantization.graphs import quiet
 from deploykit.quantization.rules import kernels, module_of
 
 OPSET = 20
+# As the exporter writes it: op='aten.name' or target=torch.ops.aten.name.overload.
+OPERATOR = re.compile(r"(?:op='|target=torch\.ops\.)((?!higher_order)\w+\.\w+)")
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
@@ -93,7 +96,7 @@ def _to_onnx(candidate: Candidate, graph: GraphModule) -> onnx.ModelProto:
             )
     except Exception as error:
         operator = _missing_operator(error)
-        reason = str(error).strip().splitlines()[0]
+        reason = str(list(_causes(error))[-1]).strip().partition("\n")[0]
         raise ExportError(
             f"export: expected operators of opset {OPSET}, got {operator or reason}; replace the "
             "layer that uses it",
@@ -105,16 +108,18 @@ def _to_onnx(candidate: Candidate, graph: GraphModule) -> onnx.ModelProto:
     return proto
 
 
-def _missing_operator(error: BaseException) -> str:
-    """Find the operator's name in the chain of the exporter's errors."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield ``error`` and what it came from, the cause of all last."""
     link: BaseException | None = error
     while link is not None:
-        words = str(link).replace("'", " ").replace('"', " ").split()
-        found = [word.strip(".,;:()") for word in words if word.startswith("aten.")]
-        if found:
-            return found[0]
+        yield link
         link = link.__cause__ or link.__context__
-    return ""
+
+
+def _missing_operator(error: BaseException) -> str:
+    """Find the operator's name in the chain of the exporter's errors."""
+    found = [match for link in _causes(error) if (match := OPERATOR.search(str(link)))]
+    return found[-1].group(1) if found else ""
 
 
 def _strip(proto: onnx.ModelProto) -> None:

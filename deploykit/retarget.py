@@ -1,0 +1,136 @@
+"""The model of a finished run, with the integers of another target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit.artifacts import Candidate, JsonDict, OnnxModel
+from deploykit.data import Dataset
+from deploykit.data.arrays import ArraySamples
+from deploykit.data.dataset import Split
+from deploykit.data.table import rows_of
+from deploykit.errors import BudgetError, DeploykitError, ModelError, VerificationError
+from deploykit.exporter import export_onnx
+from deploykit.job import read_data
+from deploykit.measure import evaluate_onnx, size_bytes
+from deploykit.quantize import calibrate
+from deploykit.recipe.sections import Recipe
+from deploykit.run_folder import RunFolder
+from deploykit.statistics import paired_drop
+from deploykit.structure import load_candidate
+from deploykit.targets import Target
+from deploykit.verify import verify_onnx
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """A model made anew, and what is known of it.
+
+    Attributes:
+        model: its file.
+        parity: ONNX Runtime against torch on the calibration samples.
+        measured: what differs from the run's measurements: accuracies, None where the data
+            could not be read again, and the size.
+    """
+
+    model: OnnxModel
+    parity: JsonDict
+    measured: JsonDict
+
+
+def recalibrate(run: RunFolder, recipe: Recipe, target: Target, path: Path) -> Recalibrated:
+    """Quantize the run's newest float candidate for ``target``, and verify what comes out.
+
+    Args:
+        run: a finished one.
+        recipe: the run's.
+        target: of another integer scheme than the run's.
+        path: the ONNX file to write.
+
+    Raises:
+        VerificationError: the run keeps no float candidate, or parity fails.
+        BudgetError: the new model breaks the recipe's ``max_drop`` on the validation split.
+        ModelError: the run's files are damaged.
+    """
+    source = _float_candidate(run, recipe, target)
+    samples = _calibration(run, source)
+    candidate = calibrate(source, samples, target=target)
+    model = export_onnx(candidate, path, name=recipe.name)
+    first = np.array(samples[: recipe.verify.samples])
+    parity = verify_onnx(candidate, model, _split(first), recipe.verify, threads=recipe.threads)
+    accuracies = _accuracies(run, recipe, model, target)
+    return Recalibrated(model, parity.to_json(), {**accuracies, "size_bytes": size_bytes(model)})
+
+
+def _float_candidate(run: RunFolder, recipe: Recipe, target: Target) -> Candidate:
+    if recipe.model.name.startswith("python:"):
+        raise VerificationError(
+            f"{run.path}: expected a float candidate to calibrate for {target.name}, got a model "
+            f"that was given as an object; compress it again with target={target.name!r}"
+        )
+    stage = "train" if recipe.prune is None else "prune"
+    return load_candidate(run.candidate(stage), base=Path())
+
+
+def _calibration(run: RunFolder, candidate: Candidate) -> np.ndarray:
+    """Map the stored samples into memory.
+
+    Raises:
+        ModelError: they are missing, or not such samples.
+    """
+    spec = candidate.signature.inputs[0]
+    got: object
+    try:
+        samples: np.ndarray = np.load(run.calibration, mmap_mode="r", allow_pickle=False)
+        got = f"{samples.dtype} {samples.shape}"
+        if samples.dtype == spec.dtype and samples.shape[1:] == spec.shape[1:] and len(samples):
+            return samples
+    except (OSError, ValueError, EOFError) as error:
+        got = getattr(error, "strerror", None) or error
+    raise ModelError(
+        f"{run.calibration}: expected {spec.dtype} samples of shape {spec.shape[1:]}, got {got}; "
+        "run compress --resume"
+    )
+
+
+def _split(samples: np.ndarray) -> Split:
+    """Let samples without labels stand where a split is read."""
+    count, name = len(samples), "calibration"
+    held = ArraySamples(samples, (), rows_of(name))
+    return Split(name, name, np.zeros(count, np.int64), held, np.arange(count))
+
+
+def _accuracies(run: RunFolder, recipe: Recipe, model: OnnxModel, target: Target) -> JsonDict:
+    """Hold the model to the budget on validation, then read the test split."""
+    dataset = _same_data(run, recipe)
+    if dataset is None:
+        return dict.fromkeys(("accuracy", "accuracy_drop", "accuracy_drop_interval"))
+    baseline = OnnxModel(run.onnx("train"), model.signature, model.opset)
+
+    def drop(split: Split) -> tuple[float, Any, float]:
+        before = evaluate_onnx(baseline, split, threads=recipe.threads)
+        after = evaluate_onnx(model, split, threads=recipe.threads)
+        return *paired_drop(before.correct, after.correct), after.accuracy
+
+    allowed = None if recipe.budget is None else recipe.budget.max_drop
+    lost, _, _ = drop(dataset.validation)
+    if allowed is not None and lost > allowed:
+        raise BudgetError(
+            f"budget: expected a validation drop of at most {allowed:.2%}, got {lost:.2%} after "
+            f"calibration for {target.name}; run compress with --set target={target.name}"
+        )
+    value, interval, accuracy = drop(dataset.test)
+    return {"accuracy": accuracy, "accuracy_drop": value, "accuracy_drop_interval": list(interval)}
+
+
+def _same_data(run: RunFolder, recipe: Recipe) -> Dataset | None:
+    """Read the run's data again; None where they are gone or others by now."""
+    try:
+        dataset = read_data(recipe)
+    except DeploykitError:
+        return None
+    return dataset if dataset.describe() == run.read_json("splits.json") else None

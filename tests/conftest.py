@@ -1,0 +1,68 @@
+"""What tests of the pipeline and the commands share."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deploykit.cli import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def deploykit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process."""
+    monkeypatch.setenv("DEPLOYKIT_DEBUG", "")  # --debug sets it for its own process
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["deploykit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        captured = capsys.readouterr()
+        return Outcome(code if isinstance(code, int) else 1, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure latencies in no time."""
+    from tiny_run import quick_latency
+
+    monkeypatch.setattr("deploykit.stages.measure_latency", quick_latency)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator["object"]:
+    """One run of all three stages that no test alters."""
+    from tiny_run import RECIPE, TinyRun, quick_latency, read_recipe, recording_dataset, snapshot
+
+    from deploykit.job import run_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe_file: Path = folder / "tiny.yaml"
+    recipe_file.write_text(RECIPE)
+    recipe = read_recipe(recipe_file)
+    dataset, reads = recording_dataset(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploykit.stages.measure_latency", quick_latency)
+        run = run_recipe(recipe, folder / "run", dataset=dataset, commands=["deploykit compress"])
+    before = snapshot(run.path)
+    yield TinyRun(run.path, recipe_file, recipe, dataset, run.report, tuple(reads))
+    assert snapshot(run.path) == before, "a test altered the shared run"

@@ -1,0 +1,460 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny_quantized import CHANNELS, CLASSES, EXAMPLE, TARGET, Net, conv, plain, pooled, settled
+from tiny_training import SignalAfter, tiny_dataset, tiny_net, tiny_plan, tiny_training
+from torch import nn
+from torch.nn import functional
+
+from deploykit.errors import Interrupted
+from deploykit.quantization import graphs
+from deploykit.quantization.canonical import canonicalize
+from deploykit.quantization.graphs import (
+    calibration_graph,
+    freeze_statistics,
+    integer_graph,
+    quiet,
+    read_parameters,
+    set_graph_mode,
+    trace,
+    training_graph,
+)
+from deploykit.quantization.rules import kernels
+from deploykit.recipe.sections import GroupSection
+from deploykit.train import fit, stop_on_signals
+
+relu = functional.relu
+NOTHING = frozenset()
+aten = torch.ops.aten
+
+
+def batch(count=32, seed=0):
+    return torch.randn(count, *EXAMPLE.shape[1:], generator=torch.Generator().manual_seed(seed))
+
+
+def clone(graph):
+    with quiet():  # copying a graph warns of torch's own deprecations
+        return copy.deepcopy(graph)
+
+
+def norms(graph):
+    return [node for node in graph.graph.nodes if "batch_norm" in node.name]
+
+
+def statistics(graph):
+    return {
+        name: value.clone()
+        for name, value in graph.state_dict().items()
+        if name.endswith(("running_mean", "running_var"))
+    }
+
+
+def ranges(graph):
+    return {
+        module.tensor_key: (
+            module.activation_post_process.min_val.item(),
+            module.activation_post_process.max_val.item(),
+        )
+        for module in graph.modules()
+        if hasattr(module, "tensor_key")
+    }
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """A training graph with settled ranges; tests take a copy."""
+    graph = training_graph(settled(plain()), EXAMPLE, TARGET, {})
+    set_graph_mode(graph, True, NOTHING)
+    for seed in range(3):
+        graph(batch(seed=seed))
+    return graph
+
+
+@pytest.fixture
+def graph(prepared):
+    return clone(prepared)
+
+
+# BatchNorm
+
+
+def constants(graph):
+    """Return momentum and epsilon of each BatchNorm, and the epsilon in each folded scale."""
+    added = [
+        user.args[1]
+        for norm in norms(graph)
+        for user in norm.args[4].users
+        if user.target is aten.add.Tensor
+    ]
+    return [norm.args[6:8] for norm in norms(graph)], added
+
+
+def test_batch_norm_keeps_its_own_momentum_and_epsilon(graph):
+    assert constants(graph) == ([(0.3, 0.1), (0.1, 1e-5)], [0.1, 1e-5])
+
+
+def test_the_library_alone_loses_them(monkeypatch):
+    monkeypatch.setattr(graphs, "_restore_norm_constants", lambda graph, norms: None)
+    assert constants(training_graph(settled(plain()), EXAMPLE, TARGET, {}))[0][0] != (0.3, 0.1)
+
+
+def test_statistics_move_as_the_float_modules_do():
+    net = settled(plain())
+    graph = training_graph(net, EXAMPLE, TARGET, {})
+    set_graph_mode(graph, True, NOTHING)
+    graph(batch())
+    float_net = copy.deepcopy(net).train()
+    float_net(batch())
+    expected = statistics(float_net)
+    for name, value in statistics(graph).items():
+        spread = expected[name.replace("mean", "var")].sqrt().max()
+        assert torch.allclose(value, expected[name], rtol=0.05, atol=0.1 * spread), name
+
+
+def test_a_cumulative_average_goes_on_with_the_default_momentum():
+    net = Net(
+        lambda net, x: relu(net.n1(net.c1(x))),
+        c1=conv(CHANNELS, 8),
+        n1=nn.BatchNorm2d(8, momentum=None),
+    )
+    assert constants(training_graph(net.eval(), EXAMPLE, TARGET, {}))[0] == [(0.1, 1e-5)]
+
+
+def test_mode_is_set_for_each_norm(graph):
+    set_graph_mode(graph, True, frozenset({"n1"}))
+    assert [norm.args[5] for norm in norms(graph)] == [False, True]
+    set_graph_mode(graph, True, NOTHING)
+    assert [norm.args[5] for norm in norms(graph)] == [True, True]
+    set_graph_mode(graph, False, NOTHING)
+    assert [norm.args[5] for norm in norms(graph)] == [False, False]
+
+
+def test_frozen_statistics_stand_still_and_others_move(graph):
+    for subject in (graph, clone(graph)):
+        set_graph_mode(subject, True, frozenset({"n2"}))
+        before = statistics(subject)
+        subject(batch())
+        assert moved(before, statistics(subject)) == {"n1.running_mean", "n1.running_var"}
+
+
+def test_evaluation_moves_neither_statistics_nor_ranges(graph):
+    set_graph_mode(graph, False, NOTHING)
+    before = statistics(graph), ranges(graph)
+    graph(batch() * 9)
+    assert not moved(before[0], statistics(graph))
+    assert ranges(graph) == before[1]
+
+
+def test_training_moves_ranges(graph):
+    set_graph_mode(graph, True, NOTHING)
+    before = ranges(graph)
+    graph(batch() * 9)
+    assert all(ranges(graph)[key] != before[key] for key in before)
+
+
+def test_frozen_statistics_stay_until_the_mode_is_set_anew(graph):
+    set_graph_mode(graph, True, NOTHING)
+    freeze_statistics(graph)
+    before = statistics(graph), ranges(graph)
+    graph(batch() * 9)
+    assert not moved(before[0], statistics(graph))
+    assert ranges(graph) == before[1]
+    set_graph_mode(graph, True, NOTHING)
+    graph(batch() * 9)
+    assert moved(before[0], statistics(graph)) == set(before[0])
+
+
+def test_norms_without_statistics_of_their_own_are_left_as_they_are():
+    net = Net(
+        lambda net, x: relu(net.n1(net.c1(x))),
+        c1=conv(CHANNELS, 8),
+        n1=nn.BatchNorm2d(8, track_running_stats=False),
+    )
+    graph = training_graph(net.eval(), EXAMPLE, TARGET, {})
+    for training in (True, False):
+        set_graph_mode(graph, training, NOTHING)
+        graph(batch())
+        assert [norm.args[5] for norm in norms(graph)] == [True]
+
+
+def test_dropout_drops_in_training_only():
+    net = Net(
+        lambda net, x: net.fc(net.drop(pooled(net.c1(x)))),
+        c1=conv(CHANNELS, 32),
+        drop=nn.Dropout(0.5),
+        fc=nn.Linear(32, CLASSES),
+    )
+    graph = training_graph(net, EXAMPLE, TARGET, {})
+    set_graph_mode(graph, True, NOTHING)
+    graph(batch())
+    freeze_statistics(graph)
+    assert not torch.equal(graph(batch()), graph(batch()))
+    set_graph_mode(graph, False, NOTHING)
+    assert torch.equal(graph(batch()), graph(batch()))
+
+
+def test_dropout_does_not_stretch_the_range_of_what_it_reads():
+    net = Net(
+        lambda net, x: net.fc(net.drop(relu(net.l1(x.flatten(1))))),
+        l1=nn.Linear(EXAMPLE[0].numel(), 32),
+        drop=nn.Dropout(0.9),
+        fc=nn.Linear(32, CLASSES),
+    )
+    graph = training_graph(settled(net), EXAMPLE, TARGET, {})
+    set_graph_mode(graph, True, NOTHING)
+    for seed in range(3):
+        graph(batch(seed=seed))
+    with torch.no_grad():
+        largest = max(relu(net.l1(batch(seed=seed).flatten(1))).max() for seed in range(3))
+    assert ranges(graph)["l1:linear#0"][1] <= largest * 1.05
+
+
+# Through the training loop
+
+FREEZING = tiny_plan(
+    epochs=3,
+    groups=(GroupSection(modules=("bn1", "conv1"), thaw_epoch=2),),
+    average=None,
+)
+
+
+class Watch:
+    """Keeps the statistics with which each epoch begins."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __call__(self, graph, epoch, _epochs):
+        self.seen[epoch] = statistics(graph)
+
+
+def fit_graph(graph, watch, checkpoints=None, **changes):
+    training = tiny_training(checkpoints, plan=FREEZING, augment=(), **changes)
+    fit(graph, training, stage="quantize", set_mode=set_graph_mode, on_epoch=watch)
+    watch.seen[FREEZING.epochs] = statistics(graph)
+
+
+@pytest.fixture(scope="module")
+def tiny_graph():
+    return training_graph(tiny_net(), torch.zeros(2, 1, 8, 8), TARGET, {})
+
+
+def test_frozen_norms_move_from_the_epoch_that_thaws_them(tiny_graph):
+    watch = Watch()
+    fit_graph(clone(tiny_graph), watch)
+    still = {"layer1.1.running_mean", "layer1.1.running_var"}
+    both = still | {"bn1.running_mean", "bn1.running_var"}
+    seen = watch.seen
+    assert [moved(seen[epoch], seen[epoch + 1]) for epoch in range(3)] == [still, still, both]
+
+
+@pytest.mark.parametrize("stop", [{"epochs": 2}, {"steps": 9}, {"steps": 14}], ids=str)
+def test_they_do_so_after_a_resume_too_bit_for_bit(tiny_graph, tmp_path, stop):
+    expected, interrupted, resumed = (clone(tiny_graph) for _ in range(3))
+    whole, watch = Watch(), Watch()
+    fit_graph(expected, whole)
+    with stop_on_signals(), pytest.raises(Interrupted):
+        fit_graph(interrupted, Watch(), tmp_path, progress=SignalAfter(**stop))
+    fit_graph(resumed, watch, tmp_path)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    if 1 in watch.seen:  # stopped before the epoch that thaws them
+        assert not moved(whole.seen[2], watch.seen[2])
+    assert "bn1.running_mean" in moved(watch.seen[2], watch.seen[3])
+
+
+def test_tiny_data_are_enough_for_these_tests():
+    assert len(tiny_dataset().train) > FREEZING.batch_size
+
+
+# From training to integers
+
+
+def weights(graph):
+    """Return what makes the weight of each layer, in graph order."""
+    return [kernel.args[1] for kernel in kernels(graph.graph)]
+
+
+def to_integers(net, graph):
+    """Return the integer graph of what ``graph`` has learned about ``net``."""
+    trained = graph.state_dict()
+    module = copy.deepcopy(net)
+    module.load_state_dict({k: trained.get(k, v) for k, v in module.state_dict().items()})
+    return integer_graph(module, EXAMPLE, TARGET, read_parameters(graph), {})
+
+
+def test_weights_of_the_last_training_pass_are_those_that_ship(graph):
+    net = settled(plain())
+    set_graph_mode(graph, True, NOTHING)
+    freeze_statistics(graph)
+    graph(batch())
+    integers = to_integers(net, graph)
+    learned = [graph.get_submodule(node.target).scale for node in weights(graph)]
+    shipped = [getattr(integers, node.args[1].target) for node in weights(integers)]
+    assert len(learned) == 3
+    for ours, theirs in zip(learned, shipped, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+UNUSUAL = {
+    "linear and norm": lambda: Net(
+        lambda net, x: net.fc(relu(net.n1(net.l1(x.flatten(1))))),
+        l1=nn.Linear(EXAMPLE[0].numel(), 16, bias=False),
+        n1=nn.BatchNorm1d(16),
+        fc=nn.Linear(16, CLASSES),
+    ),
+    "linear and norm over another axis": lambda: Net(
+        lambda net, x: net.fc(relu(net.n1(net.l1(x.flatten(2)[:, :, :12]))).flatten(1)),
+        l1=nn.Linear(12, CHANNELS),
+        n1=nn.BatchNorm1d(CHANNELS),
+        fc=nn.Linear(CHANNELS * CHANNELS, CLASSES),
+    ),
+    "a convolution read twice": lambda: Net(
+        lambda net, x: net.fc(pooled((lambda y: relu(net.n1(y)) + y)(net.c1(x)))),
+        c1=conv(CHANNELS, 8),
+        n1=nn.BatchNorm2d(8),
+        fc=nn.Linear(8, CLASSES),
+    ),
+    "a shared convolution, two norms": lambda: Net(
+        lambda net, x: net.fc(pooled(relu(net.n2(net.c2(relu(net.n1(net.c2(net.c1(x))))))))),
+        c1=conv(CHANNELS, 8),
+        c2=conv(8, 8, bias=False),
+        n1=nn.BatchNorm2d(8),
+        n2=nn.BatchNorm2d(8),
+        fc=nn.Linear(8, CLASSES),
+    ),
+    "a shared norm": lambda: Net(
+        lambda net, x: net.fc(pooled(relu(net.n1(net.c2(relu(net.n1(net.c1(x)))))))),
+        c1=conv(CHANNELS, 8),
+        c2=conv(8, 8),
+        n1=nn.BatchNorm2d(8),
+        fc=nn.Linear(8, CLASSES),
+    ),
+    "a norm without scale and shift": lambda: Net(
+        lambda net, x: net.fc(pooled(relu(net.n1(net.c1(x))))),
+        c1=conv(CHANNELS, 8),
+        n1=nn.BatchNorm2d(8, affine=False),
+        fc=nn.Linear(8, CLASSES),
+    ),
+    "grouped transposed convolution": lambda: Net(
+        lambda net, x: net.fc(pooled(relu(net.n1(net.t1(net.c1(x)))))),
+        c1=conv(CHANNELS, 8, stride=2),
+        t1=nn.ConvTranspose2d(8, 8, 2, 2, groups=4),
+        n1=nn.BatchNorm2d(8),
+        fc=nn.Linear(8, CLASSES),
+    ),
+    "convolution over one axis": lambda: Net(
+        lambda net, x: net.fc(relu(net.n1(net.c1(x.flatten(2)))).mean(-1)),
+        c1=nn.Conv1d(CHANNELS, 8, 5, 2),
+        n1=nn.BatchNorm1d(8),
+        fc=nn.Linear(8, CLASSES),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_training_calibration_and_integers_compute_the_same(make):
+    net = settled(make())
+    samples = batch(64)
+    calibration = calibration_graph(net, EXAMPLE, TARGET, {})
+    training = training_graph(net, EXAMPLE, TARGET, {})
+    set_graph_mode(training, True, frozenset({"n1", "n2"}))
+    with torch.no_grad():
+        expected = net(samples)
+        assert torch.allclose(calibration(samples), expected, atol=1e-4)
+        training(samples)
+        set_graph_mode(training, False, NOTHING)
+        integers = integer_graph(net, EXAMPLE, TARGET, read_parameters(calibration), {})
+        answers = {
+            "integers": integers(samples),
+            "training": training(samples),
+            "trained integers": to_integers(net, training)(samples),
+        }
+    for name, answer in answers.items():
+        noise = ((answer - expected) ** 2).mean() / expected.var()
+        assert noise < 0.01, name
+
+
+# Canonical spellings
+
+SPELLINGS = {
+    "flatten": (lambda x: x.flatten(1), {aten.flatten.using_ints}),
+    "pool to one": (
+        lambda x: functional.adaptive_avg_pool2d(x, (1, 1)),
+        {aten.adaptive_avg_pool2d.default},
+    ),
+    "pool to four": (
+        lambda x: functional.adaptive_avg_pool2d(x, (2, 2)),
+        {aten.adaptive_avg_pool2d.default},
+    ),
+    "pool unevenly": (lambda x: functional.adaptive_avg_pool2d(x, (5, 1)), set()),
+    "mean": (lambda x: x.mean((2, 3)), {aten.mean.dim}),
+    "mean from behind": (lambda x: x.mean((-1, -2)), {aten.mean.dim}),
+    "mean that keeps axes": (lambda x: x.mean((2, 3), keepdim=True), {aten.mean.dim}),
+    "mean from behind that keeps axes": (
+        lambda x: x.mean((-1, -2), keepdim=True),
+        {aten.mean.dim},
+    ),
+    "mean of channels": (lambda x: x.mean((1, 2)), set()),
+    "mean in another type": (lambda x: x.mean((2, 3), dtype=torch.float64), set()),
+}
+
+
+@pytest.mark.parametrize(("forward", "gone"), SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_canonical_spelling_keeps_values(forward, gone):
+    net = Net(lambda net, x: forward(x))
+    program = torch.export.export(
+        net, (EXAMPLE,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+    )
+    graph = canonicalize(program.module(check_guards=False))
+    assert not gone & {node.target for node in graph.graph.nodes}
+    for count in (2, 5):
+        expected = net(batch(count))
+        assert graph(batch(count)).shape == expected.shape
+        assert torch.allclose(graph(batch(count)), expected, atol=1e-6)
+
+
+def test_the_mode_of_the_module_survives_tracing():
+    net = plain().train()
+    trace(net, EXAMPLE)
+    assert net.training
+
+
+# Padding
+
+
+def padded(net, x):
+    x = relu(net.c1(x))
+    return net.fc(pooled(net.c2(functional.pad(x[:, :, ::2, ::2], net.sizes, net.how))))
+
+
+@pytest.mark.parametrize(
+    ("how", "sizes", "moves"),
+    [
+        ("constant", (0, 0, 0, 0, 4, 4), True),
+        ("constant", (1, 2), True),
+        ("reflect", (1, 2, 0, 1), False),
+    ],
+)
+def test_padding_between_pairs_pads_integers_and_keeps_values(monkeypatch, how, sizes, moves):
+    channels = 16 if len(sizes) == 6 else 8
+    net = Net(padded, c1=conv(CHANNELS, 8), c2=conv(channels, 8), fc=nn.Linear(8, CLASSES))
+    net.how, net.sizes = how, sizes
+    net = settled(net)
+    calibration = calibration_graph(net, EXAMPLE, TARGET, {})
+    with torch.no_grad():
+        calibration(batch())
+        parameters = read_parameters(calibration)
+        graph = integer_graph(net, EXAMPLE, TARGET, parameters, {})
+        monkeypatch.setattr(graphs, "pad_integers", lambda graph: graph)
+        plain_graph = integer_graph(net, EXAMPLE, TARGET, parameters, {})
+        assert np.array_equal(graph(batch()), plain_graph(batch()))
+    floats = {aten.pad.default} & {node.target for node in graph.graph.nodes}
+    assert bool(floats) != moves
