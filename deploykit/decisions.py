@@ -63,8 +63,9 @@ def stage_decision(
     return Decision(
         after.name,
         kept=True,
-        why=f"{reason}{'; ' if reason else ''}against {before.name}: speed {', '.join(faster)}; {smaller:.2f}x smaller; "
-        f"validation accuracy {-drop:+.2%} (95%: {-high:+.2%} to {-low:+.2%})",
+        why=f"{reason}{'; ' if reason else ''}against {before.name}: speed {', '.join(faster)}; "
+        f"{smaller:.2f}x smaller; validation accuracy {-drop:+.2%} "
+        f"(95%: {-high:+.2%} to {-low:+.2%})",
     )
 
 

@@ -143,7 +143,7 @@ def first_divergence(
     inputs = split.load(np.arange(min(8, len(split))))
     nodes, names, tensors = _probes(graph, onnx.load(model.path))
     values = _torch_values(candidate, graph, inputs, nodes)
-    answers = _runtime_values(model, tensors, inputs, threads)
+    answers = _runtime_values(model, tensors, inputs, threads) if tensors else {}
     for node, name, tensor in zip(nodes, names, tensors, strict=True):
         expected, answered = values[node].numpy(), answers[tensor]
         if expected.shape != answered.shape:

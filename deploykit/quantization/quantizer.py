@@ -43,6 +43,9 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         weight: makes the specification of a weight from its channel axis.
         exact: specifications of tensors that hold integers on their grid already, such as
             pixels, by key; a pair stands only where they were moved.
+        moved: whether values that were only moved get pairs too. The integer graph needs them
+            to stay in integers; elsewhere they lie on the grid already, and quantizing them
+            again would only take time.
     """
 
     def __init__(
@@ -50,16 +53,21 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         activation: Callable[[str], QuantizationSpecBase],
         weight: Callable[[int], QuantizationSpecBase],
         exact: Mapping[str, QuantizationSpecBase],
+        *,
+        moved: bool = False,
     ) -> None:
         super().__init__()
         self._activation = activation
         self._weight = weight
         self._exact = exact
+        self._moved = moved
         self._keys: dict[int, str] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark in ``model`` what is quantized and how."""
         for tensor in quantized_tensors(model.graph):
+            if tensor.node is not tensor.root and not self._moved:
+                continue
             if tensor.key in self._exact:
                 if tensor.node is not tensor.root:
                     _annotation(tensor.node).output_qspec = self._exact[tensor.key]
@@ -113,7 +121,10 @@ def training_quantizer(target: Target, exact: Exact) -> FusionQuantizer:
             target,
             axis,
             FakeQuantize.with_args(
-                observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=EPS
+                observer=MovingAveragePerChannelMinMaxObserver,
+                averaging_constant=1.0,
+                eps=EPS,
+                ch_axis=axis,  # the library hands it on to observers only
             ),
         ),
         _exact(target, exact),
@@ -141,6 +152,7 @@ def integer_quantizer(
         lambda key: _fixed(target, *parameters[key]),
         lambda axis: _weight(target, axis, PerChannelMinMaxObserver.with_args(eps=EPS)),
         _exact(target, exact),
+        moved=True,
     )
 
 
