@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from deploykit.artifacts import JsonDict
 from deploykit.errors import RecipeError, UsageError
 from deploykit.interrupt import stop_on_signals
 from deploykit.progress import LoggedProgress, Progress, SilentProgress
-from deploykit.publish import lock_folder, refuse_existing
+from deploykit.publish import lock_folder, refuse_existing, told_as_usage
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder, check_same_recipe
 from deploykit.targets import resolve_target
@@ -80,7 +79,7 @@ def run_recipe(
         dataset = dataset or read_data(recipe)
         start = initial_candidate(recipe, dataset, module)
         # Nothing is written, and nothing old removed, before the inputs are known to be good.
-        with lock_folder(out), _told_as_usage(out):
+        with lock_folder(out), told_as_usage(out, "mend the place, then --resume"):
             if not resuming:
                 _make_room(run, force)
                 run.write_recipe(recipe)
@@ -117,18 +116,6 @@ def _check_replay(recipe: Recipe, replay: Mapping[str, JsonDict] | None) -> None
             f"--latency-table: expected measurements of {', '.join(missing)}, got only "
             f"{', '.join(replay or ()) or 'none'}; take a measurements.json of the same stages"
         )
-
-
-@contextmanager
-def _told_as_usage(out: Path) -> Iterator[None]:
-    """Tell what the file system refuses (full, read-only) in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename or out}: cannot be written: {error.strerror or error}; "
-            "mend the place, then go on with --resume"
-        ) from error
 
 
 def _make_room(run: RunFolder, force: bool) -> None:

@@ -35,7 +35,7 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     Raises:
         UsageError: the place cannot be written.
     """
-    with _told_as_usage(path):
+    with told_as_usage(path):
         _remove_dead(path.parent, path.name, "tmp")
         staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
@@ -66,7 +66,7 @@ def refuse_existing(destination: Path, force: bool) -> None:
     Raises:
         UsageError: it may not be replaced.
     """
-    with _told_as_usage(destination):
+    with told_as_usage(destination):
         if not os.path.lexists(destination):
             return
         if not force:
@@ -101,7 +101,7 @@ def publish_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
         UsageError: ``destination`` exists, or cannot be written.
     """
     refuse_existing(destination, force)
-    with _told_as_usage(destination):
+    with told_as_usage(destination):
         destination = destination.absolute()
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _guard(destination.parent):
@@ -126,7 +126,7 @@ def lock_folder(path: Path) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
-    with _told_as_usage(path):
+    with told_as_usage(path):
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -144,14 +144,13 @@ def lock_folder(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told_as_usage(path: Path) -> Iterator[None]:
+def told_as_usage(path: Path, remedy: str = "free the place or choose another") -> Iterator[None]:
     """Tell what the file system refuses (full, read-only, no such folder) in one sentence."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"{error.filename or path}: cannot be written: {error.strerror or error}; "
-            "free the place or choose another"
+            f"{error.filename or path}: cannot be written: {error.strerror or error}; {remedy}"
         ) from error
 
 

@@ -147,7 +147,7 @@ def test_fault_at_every_operation_leaves_the_old_or_the_new_whole(destination, m
 
 def test_fault_injection_catches_a_publisher_that_writes_in_place(destination, monkeypatch):
     def in_place(folder):
-        with publish._told_as_usage(folder):
+        with publish.told_as_usage(folder):
             publish.shutil.rmtree(folder)
             fill(folder, NEW)
             publish._sync_tree(folder)
