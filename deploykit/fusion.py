@@ -81,9 +81,9 @@ def fused_operators(model: OnnxModel, threads: int) -> FusionReport:
         >>> [layer.name for layer in fused_operators(model, threads=1).floating]
         []
     """
-    written = _load(model.path)
+    written = load_proto(model.path)
     _name_nodes(written.graph)
-    nodes = list(_all_nodes(_optimize(written, model.path, threads).graph))
+    nodes = list(_all_nodes(optimize(written, model.path, threads).graph))
     graph = _Graph.of(written.graph)
     integer = [graph.original_name(node) for node in nodes if node.op_type in INTEGER_LAYERS]
     floating = [
@@ -95,7 +95,12 @@ def fused_operators(model: OnnxModel, threads: int) -> FusionReport:
     return FusionReport(tuple(integer), tuple(floating), dict(sorted(counts.items())))
 
 
-def _load(path: Path) -> Any:
+def load_proto(path: Path) -> Any:
+    """Read an ONNX file.
+
+    Raises:
+        ModelError: it is missing, or something else.
+    """
     import onnx
 
     try:
@@ -124,8 +129,12 @@ def _all_nodes(graph: Any) -> Iterator[Any]:
                 yield from _all_nodes(inner)
 
 
-def _optimize(written: Any, path: Path, threads: int) -> Any:
-    """Return the graph as optimized, short of the layout changes, which rename nodes only."""
+def optimize(written: Any, path: Path, threads: int) -> Any:
+    """Return a model as ONNX Runtime runs it, short of layout changes, which rename nodes only.
+
+    Raises:
+        ModelError: ONNX Runtime cannot open it; ``path`` is named.
+    """
     import onnx
     import onnxruntime
 

@@ -83,6 +83,7 @@ def _details(
         "parity": {stage.name: stage.parity.to_json() for stage in stages},
         "model": _shipped(stages[-1], recipe),
         "input": dict(stages[0].candidate.notes["input"]),
+        "normalization": measured[stages[-1].name].get("normalization"),
         "warnings": [*dataset.warnings, *_floats(fusion)],
         "commands": list(commands),
     }

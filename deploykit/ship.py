@@ -178,6 +178,7 @@ def _measured(report: Mapping[str, Any], *, latencies: bool) -> JsonDict:
         "size_bytes": final["size_bytes"],
         "baseline_size_bytes": baseline["size_bytes"],
         "peak_memory_bytes": final["peak_memory_bytes"],
+        "normalization": report["details"].get("normalization") if latencies else None,
         "parity": report["details"]["parity"][final["name"]],
     }
 

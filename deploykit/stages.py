@@ -21,6 +21,7 @@ from deploykit.measure import (
     count_parameters,
     evaluate_onnx,
     measure_latency,
+    measure_normalization,
     peak_memory_bytes,
     size_bytes,
 )
@@ -109,13 +110,19 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         threads=recipe.threads,
         baseline=stages[0].name,
     )
-    return {
+    measured: dict[str, JsonDict] = {
         stage.name: {
             "latency": {batch: one.to_json() for batch, one in latency[stage.name].items()},
             "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads),
         }
         for stage in stages
     }
+    final = stages[-1]
+    if final.model.signature.takes_images:
+        measured[final.name]["normalization"] = measure_normalization(
+            final.model, threads=recipe.threads
+        )
+    return measured
 
 
 def read_measurements(path: Path) -> dict[str, JsonDict]:

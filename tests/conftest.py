@@ -43,15 +43,15 @@ def deploykit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure latencies in no time."""
-    from tiny_run import quick_latency
+    from tiny_run import measure_quickly
 
-    monkeypatch.setattr("deploykit.stages.measure_latency", quick_latency)
+    measure_quickly(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator["object"]:
     """One run of all three stages that no test alters."""
-    from tiny_run import RECIPE, TinyRun, quick_latency, read_recipe, recording_dataset, snapshot
+    from tiny_run import RECIPE, TinyRun, measure_quickly, read_recipe, recording_dataset, snapshot
 
     from deploykit.job import run_recipe
 
@@ -61,7 +61,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator["object"]:
     recipe = read_recipe(recipe_file)
     dataset, reads = recording_dataset(recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deploykit.stages.measure_latency", quick_latency)
+        measure_quickly(patch)
         run = run_recipe(recipe, folder / "run", dataset=dataset, commands=["deploykit compress"])
     before = snapshot(run.path)
     yield TinyRun(run.path, recipe_file, recipe, dataset, run.report, tuple(reads))

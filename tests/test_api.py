@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import quick_latency
+from tiny_run import measure_quickly
 from torch import nn
 
 import deploykit
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     net.norm.eval()  # a mode of its own, that must stay
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deploykit.stages.measure_latency", quick_latency)
+        measure_quickly(patch)
         run = deploykit.compress(
             net,
             arrays(),

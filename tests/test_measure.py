@@ -8,11 +8,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tiny_quantized import CHANNELS, SIDE, TARGET, candidate_of, images, plain, settled
 from torch import nn
 
 from deploykit.artifacts import OnnxModel, Signature, TensorSpec
 from deploykit.environment import environment
 from deploykit.errors import DataError, MissingDependency, ModelError, VerificationError
+from deploykit.exporter import export_onnx
 from deploykit.measure import (
     Latency,
     count_macs,
@@ -20,10 +22,13 @@ from deploykit.measure import (
     evaluate_onnx,
     latency,
     measure_latency,
+    measure_normalization,
     peak_memory_bytes,
     size_bytes,
 )
+from deploykit.measure.normalization import without_normalization
 from deploykit.measure.session import example_feed, open_model
+from deploykit.quantize import calibrate
 
 
 def save_linear(path, weight, repeats=1):
@@ -301,6 +306,45 @@ def test_peak_memory_of_what_is_no_model_is_an_error(identity):
     identity.path.write_bytes(b"")
     with pytest.raises(ModelError, match=r"identity\.onnx: its memory"):
         peak_memory_bytes(identity, threads=1)
+
+
+def images_model(folder, *, quantized):
+    """Write a net of images, in float or in integers."""
+    candidate = candidate_of(settled(plain()))
+    if quantized:
+        candidate = calibrate(candidate, images()[0], target=TARGET)
+    return export_onnx(candidate, folder / "model.onnx", name="images")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantized", "dtype"), [(False, "float32"), (True, "uint8")])
+def test_model_without_normalization_answers_the_same_from_its_first_layer_on(
+    tmp_path, quantized, dtype
+):
+    whole = images_model(tmp_path, quantized=quantized)
+    bare = without_normalization(whole, tmp_path / "bare.onnx", threads=1)
+    (fed,) = bare.signature.inputs
+    assert (fed.dtype, fed.shape) == (dtype, (-1, CHANNELS, SIDE, SIDE))
+    pixels = images(4)[0]
+    turned = pixels.transpose(0, 3, 1, 2)
+    if not quantized:
+        turned = ((turned / 255 - 0.5) / 0.25).astype(np.float32)
+    (expected,) = open_model(whole, 1).run(None, {"image": pixels})
+    (got,) = open_model(bare, 1).run(None, {fed.name: turned})
+    # Half a grey level: the zero point of the pixels is a whole number.
+    np.testing.assert_allclose(got, expected, atol=0 if quantized else 0.05)
+
+
+@pytest.mark.slow
+def test_cost_of_normalization_is_measured_where_there_is_one(tmp_path):
+    found = measure_normalization(
+        images_model(tmp_path, quantized=False), threads=1, seconds_per_model=0.1
+    )
+    assert found["interval"][0] <= found["share"] <= found["interval"][1] < 1
+
+
+def test_model_of_arrays_has_no_normalization_to_measure(identity):
+    assert measure_normalization(identity, threads=1) is None
 
 
 def test_size_is_that_of_the_file(identity):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_run import CALIBRATED, STAGES, quick_latency, recording_dataset, sha256, snapshot
+from tiny_run import CALIBRATED, STAGES, measure_quickly, recording_dataset, sha256, snapshot
 
 from deploykit import job, pipeline, stages
 from deploykit.artifacts import OnnxModel
@@ -109,6 +109,7 @@ def test_report_keeps_the_contract(tiny_run):
     assert report["stages"][1]["macs"] < report["stages"][0]["macs"]
     assert report["stages"][1]["parameters"] < report["stages"][0]["parameters"]
     assert report["final"]["size_bytes"] < report["baseline"]["size_bytes"]
+    assert report["details"]["normalization"]["share"] < 1
 
 
 @slow
@@ -494,7 +495,7 @@ def broken_budget(tmp_path_factory):
         return stage_decision(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deploykit.stages.measure_latency", quick_latency)
+        measure_quickly(patch)
         patch.setattr("deploykit.pipeline.stage_decision", deciding)
         with pytest.raises(pipeline.BudgetError) as caught:
             job.run_recipe(recipe, out)

@@ -36,8 +36,9 @@ def at(name, real):
 
 for name in ("stage_started", "step_done", "message"):
     setattr(ConsoleProgress, name, at(name, getattr(ConsoleProgress, name)))
-quick = partial(deploykit.stages.measure_latency, seconds_per_model=0.05)
-deploykit.stages.measure_latency = quick
+for name in ("measure_latency", "measure_normalization"):
+    quick = partial(getattr(deploykit.stages, name), seconds_per_model=0.05)
+    setattr(deploykit.stages, name, quick)
 from deploykit.cli import main
 main()
 """

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from deploykit.data import load_dataset
 from deploykit.data.dataset import Dataset, Samples
-from deploykit.measure import measure_latency
+from deploykit.measure import measure_latency, measure_normalization
 from deploykit.publish import LOCK
 from deploykit.recipe import load_recipe
 from deploykit.recipe.paths import with_absolute_paths
@@ -41,7 +42,19 @@ verify: {samples: 32, min_agreement: 0.8}
 STAGES = ("train", "prune", "quantize")
 
 # Figures that are measured in no time; no test asks how good they are.
-quick_latency = partial(measure_latency, seconds_per_model=0.05)
+QUICK = {
+    name: partial(measure, seconds_per_model=0.05)
+    for name, measure in (
+        ("measure_latency", measure_latency),
+        ("measure_normalization", measure_normalization),
+    )
+}
+
+
+def measure_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Let every stage be measured in no time."""
+    for name, measure in QUICK.items():
+        patch.setattr(f"deploykit.stages.{name}", measure)
 
 
 @dataclass(frozen=True)

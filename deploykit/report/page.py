@@ -209,6 +209,7 @@ def _facts(report: Json, details: Json) -> list[tuple[str, list[tuple[str, str]]
         machine["memory"] = wording.size(machine.pop("memory_bytes"))
     tables = (
         ("agreement of torch and ONNX Runtime", details.get("parity")),
+        ("normalization's share of the latency, batch 1", _share(details.get("normalization"))),
         ("run", {**run, **(details.get("provenance") or {})}),
         ("machine", machine),
         ("versions", versions),
@@ -218,6 +219,14 @@ def _facts(report: Json, details: Json) -> list[tuple[str, list[tuple[str, str]]
         for name, table in tables
         if table
     ]
+
+
+def _share(measured: Json | None) -> dict[str, str] | None:
+    """Write a share and its interval in percent."""
+    if measured is None:
+        return None
+    low, high = (wording.percent(bound) for bound in measured["interval"])
+    return {"share": wording.percent(measured["share"]), "95% interval": f"{low} to {high}"}
 
 
 def _plain(value: Any) -> str:
