@@ -72,6 +72,25 @@ def model(request, models):
     return models[request.param]
 
 
+def test_grey_images_may_be_viewed_as_rows(tmp_path):
+    """Pixels of one channel are laid out as those of several: strides of their own fail a view."""
+    net = Net(lambda net, x: net.fc(net.c(x).view(x.shape[0], -1)), c=conv(1, 4))
+    net.fc = nn.Linear(4 * SIDE * SIDE, CLASSES)
+    grey = {**PREPROCESS, "channels": 1}
+    candidate = candidate_of(net.eval(), preprocess=grey)
+    shape = (-1, SIDE, SIDE, 1)
+    (spec,) = candidate.signature.inputs
+    candidate = replace(
+        candidate,
+        signature=replace(candidate.signature, inputs=(replace(spec, shape=shape),)),
+        structure={**candidate.structure, "sample_shape": list(shape[1:])},
+    )
+    pixels = PIXELS[:32, :, :, :1]
+    for one in (candidate, calibrate(candidate, pixels, target=TARGET)):
+        model = export_onnx(one, tmp_path / "grey.onnx", name="grey")
+        verify_onnx(one, model, Samples(pixels), VerifySection(samples=32), threads=1)
+
+
 def run(model, values):
     session = onnxruntime.InferenceSession(model.path, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: values})[0]

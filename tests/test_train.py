@@ -31,6 +31,7 @@ from deploykit.recipe.sections import (
 )
 from deploykit.train import evaluate, fit, recovery_plan, set_mode
 from deploykit.train.freeze import match_groups
+from deploykit.train.learner import fastest_layout
 from deploykit.train.optimizer import build_optimizer
 
 OPTIMIZERS = [
@@ -186,6 +187,34 @@ def test_augmented_pixels_stay_whole_numbers(monkeypatch):
     assert pixels.max() > 1
 
 
+class Rows(nn.Module):
+    """Turns each sample into a row, by a view, which not every layout allows, or by a copy."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.copies = copies
+
+    def forward(self, x):
+        return x.reshape(len(x), -1) if self.copies else x.view(len(x), -1)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_channels_are_innermost_where_the_module_takes_that(copies):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), Rows(copies), nn.LazyLinear(3))
+    net(inputs := torch.randn(2, 3, 8, 8))
+    before, drawn = state_of(net), torch.get_rng_state()
+    assert (fastest_layout(net, inputs) == torch.channels_last) is copies
+    assert same_bits(before, state_of(net))
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert fastest_layout(nn.Linear(4, 3), torch.randn(2, 4)) == torch.contiguous_format
+
+
+def test_module_that_views_the_features_of_grey_images_trains():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), Rows(copies=False), nn.Linear(4 * 36, 3))
+    plan = tiny_plan(epochs=12, average=None)
+    assert train(net, tiny_training(count=96, plan=plan, augment=())).torch_accuracy > 0.8
+
+
 def test_mixed_precision_trains_float_weights():
     plan = tiny_plan(epochs=6, precision="bf16", average=None)
     net = tiny_net()
@@ -214,7 +243,7 @@ def batch_sizes(count, batch_size):
     validation = tiny_dataset().validation
     dataset = replace(tiny_dataset(count), validation=validation)
     train(net, tiny_training(dataset=dataset, plan=plan, augment=()))
-    return sizes[:-1]  # the last one is the validation
+    return sizes[1:-1]  # before them the layout is tried, after them validated
 
 
 @pytest.mark.parametrize(

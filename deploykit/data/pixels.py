@@ -30,4 +30,7 @@ def normalize(batch: Tensor, preprocess: Mapping[str, Any] | None) -> Tensor:
         torch.from_numpy(constant).to(device=batch.device, dtype=torch.float32).view(1, -1, 1, 1)
         for constant in zero_point_and_scale(preprocess)
     )
-    return (pixels.to(torch.float32).contiguous() - zero_point) * scale
+    # Strides as of a tensor made in this order; those of one channel count as contiguous with
+    # the channels innermost as well, and a view of what a convolution makes of that fails.
+    ordered = pixels.to(torch.float32).contiguous().flatten().view(pixels.shape)
+    return (ordered - zero_point) * scale

@@ -37,8 +37,9 @@ class FromPixels(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalize and answer."""
-        # Contiguous as in training: strides of its own would fail a view, and export as nothing.
-        pixels = image.permute(0, 3, 1, 2).contiguous()
+        # Strides as in training, also those of one channel: others would fail a view. A clone
+        # exports as nothing.
+        pixels = image.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         integers = torch.ops.quantized_decomposed
         if self.shared:
             normalized = integers.dequantize_per_tensor(

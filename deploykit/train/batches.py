@@ -60,6 +60,14 @@ class Batches:
         self.samples = samples - 1 if rest == 1 and samples > 1 else samples
         self.count = -(-self.samples // batch_size)
 
+    def example(self) -> Tensor:
+        """Return a random batch of two as the module takes them."""
+        shape = self._split.load(np.arange(1)).shape[1:]
+        if self._training.dataset.preprocess is not None:
+            shape = (shape[2], *shape[:2])
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(2, *shape, generator=generator).to(self.device)
+
     def epoch(self, epoch: int, first: int = 0) -> Generator[Batch]:
         """Yield the batches of an epoch from number ``first`` on.
 

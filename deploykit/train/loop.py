@@ -25,7 +25,7 @@ from deploykit.train.checkpoint import Checkpoint, read_checkpoint, write_checkp
 from deploykit.train.determinism import deterministic, seed_device
 from deploykit.train.evaluate import SetMode, device_of, evaluate
 from deploykit.train.freeze import match_groups, set_mode
-from deploykit.train.learner import Learner, open_fabric
+from deploykit.train.learner import Learner, fastest_layout, open_fabric
 from deploykit.train.plan import (
     EpochRecord,
     FitResult,
@@ -93,7 +93,8 @@ def fit(
         batches = Batches(training, stage, plan.batch_size, fabric.device)
         steps = math.ceil(batches.count / plan.accumulate)
         groups = match_groups(module, plan.groups)
-        learner = Learner(module, plan, groups, fabric=fabric, epoch_steps=steps)
+        layout = fastest_layout(module.to(fabric.device), batches.example())
+        learner = Learner(module, plan, groups, fabric=fabric, epoch_steps=steps, layout=layout)
         run = _Fit(
             training,
             stage,
