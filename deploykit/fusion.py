@@ -8,9 +8,10 @@ Runtime fuses it with them.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ INTEGER_LAYERS = frozenset(
         "QLinearMatMul",
     }
 )
+# What ONNX Runtime appends to the name of a node when it changes the layout of its tensors.
+LAYOUT_WORDS = re.compile(r"(_token_\d+|_nchwc)+$")
 FLOAT_LAYERS = frozenset(
     {"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
 )
@@ -93,6 +96,28 @@ def fused_operators(model: OnnxModel, threads: int) -> FusionReport:
     ]
     counts = Counter(node.op_type for node in nodes)
     return FusionReport(tuple(integer), tuple(floating), dict(sorted(counts.items())))
+
+
+def written_names(model: OnnxModel, executed: Iterable[str], threads: int) -> dict[str, str]:
+    """Return, for nodes as ONNX Runtime executes them, the written nodes they were made from.
+
+    A kernel that works on another layout is named anew: after its node or its output, with a
+    word appended.
+
+    Raises:
+        ModelError: the file is missing, or ONNX Runtime cannot open it.
+    """
+    written = load_proto(model.path)
+    _name_nodes(written.graph)
+    graph, origins = _Graph.of(written.graph), dict[str, str]()
+    for node in _all_nodes(optimize(written, model.path, threads).graph):
+        origins[node.name] = graph.original_name(node)
+        for tensor in node.output:
+            origins.setdefault(tensor, origins[node.name])
+    return {
+        name: origins.get(name) or origins.get(LAYOUT_WORDS.sub("", name), name)
+        for name in executed
+    }
 
 
 def load_proto(path: Path) -> Any:
