@@ -18,12 +18,15 @@ from deploykit.prune.selection import Prunable, select_channels
 from deploykit.prune.trial import Twin
 from deploykit.widths import output_width, read_widths
 
+Select = Callable[[Sequence[Prunable]], Mapping[str, list[int]]]
+
 
 def prune_channels(
     module: nn.Module,
     example: Tensor,
     *,
-    channel_ratio: float,
+    channel_ratio: float = 0.0,
+    select: Select | None = None,
     importance: Literal["l1", "l2", "taylor"] = "l2",
     scope: Literal["global", "uniform"] = "global",
     channel_multiple: int = 1,
@@ -40,6 +43,8 @@ def prune_channels(
         module: takes ``example``, returns one tensor.
         example: float input of one sample or more, ``(N, C, H, W)`` for images.
         channel_ratio: share of the channels of all prunable groups to have gone, 0 to 1.
+        select: chooses the channels in place of ``channel_ratio`` and ``scope``; asked again,
+            without them, where groups turn out not to be prunable as chosen.
         importance: norm of the weights, or the first-order change of the loss.
         scope: rank over all groups, or take the same share of each.
         channel_multiple: widths end on multiples of it, rounded up.
@@ -73,7 +78,7 @@ def prune_channels(
         initial_widths=initial,
         channel_multiple=channel_multiple,
     )
-    select = partial(
+    select = select or partial(
         select_channels,
         channel_ratio=channel_ratio,
         scope=scope,
@@ -144,9 +149,9 @@ def narrowed(
 def _proven_selection(
     twin: Twin,
     prunable: list[Prunable],
-    select: Callable[[Sequence[Prunable]], dict[str, list[int]]],
+    select: Select,
     left_alone: dict[str, str],
-) -> dict[str, list[int]]:
+) -> Mapping[str, list[int]]:
     """Select channels whose removal holds on the twin; groups that fail move to ``left_alone``."""
     while removal := select(prunable):
         if not (together := twin.fault(removal)):

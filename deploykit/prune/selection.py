@@ -90,7 +90,7 @@ def _spend(budget: int, pool: Sequence[Prunable], multiple: int) -> Mapping[str,
 
 def _blocks(group: Prunable, multiple: int) -> list[_Block]:
     """Cut the channels above one multiple into blocks; their scores rise."""
-    units, step = group.units(), _step(group, multiple)
+    units, step = group.units(), channel_step(group, multiple)
     blocks, start = [], 0
     size = len(units) % step or step
     while start + size <= len(units) - step:
@@ -101,6 +101,6 @@ def _blocks(group: Prunable, multiple: int) -> list[_Block]:
     return blocks
 
 
-def _step(group: Prunable, multiple: int) -> int:
+def channel_step(group: Prunable, multiple: int) -> int:
     """Return how many units make the width a multiple."""
     return multiple // math.gcd(multiple, group.divisions)
