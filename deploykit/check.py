@@ -56,13 +56,23 @@ def _plan(recipe: Recipe) -> list[str]:
     if recipe.prune is not None:
         prune = recipe.prune
         lines.append(
-            f"prune: {prune.channel_ratio:.0%} of the channels in {prune.steps} step(s), "
+            f"prune: {_amount(*prune.how_much)} in {prune.steps} step(s), "
             f"{prune.epochs} epochs of recovery each"
         )
     if recipe.quantize is not None:
         epochs = "" if recipe.quantize.mode == "ptq" else f", {recipe.quantize.epochs} epochs"
         lines.append(f"quantize: {recipe.quantize.mode}{epochs}")
     return lines
+
+
+def _amount(key: str, value: float) -> str:
+    """Say how much is pruned."""
+    return {
+        "speedup": f"{value:g}x the speed at batch 1",
+        "latency_ms": f"to {value:g} ms at batch 1",
+        "macs": f"{value:g}x fewer multiply-accumulates",
+        "channel_ratio": f"{value:.0%} of the channels",
+    }[key]
 
 
 def _estimate(recipe: Recipe, candidate: Candidate, dataset: Dataset) -> float:

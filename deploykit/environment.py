@@ -49,6 +49,14 @@ def environment() -> JsonDict:
     }
 
 
+def cache_folder() -> Path:
+    """Return where measurements of this machine are kept: ``DEPLOYKIT_CACHE``, or the user's."""
+    if chosen := os.environ.get("DEPLOYKIT_CACHE"):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "deploykit"
+
+
 def cpu_name() -> str | None:
     """Return the CPU's model name as its maker writes it."""
     info = Path("/proc/cpuinfo")

@@ -9,30 +9,32 @@ https://arxiv.org/abs/1804.03230, rest on tables of this kind.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deploykit.artifacts import Candidate
+from deploykit.artifacts import Candidate, OnnxModel
 from deploykit.exporter import export_onnx
 from deploykit.fusion import FLOAT_LAYERS, INTEGER_LAYERS, fused_operators, written_names
-from deploykit.measure import measure_latency
-from deploykit.measure.layers import LayerShape, LayerTimes
+from deploykit.layer_shapes import LayerShape, is_inside, layer_shapes
+from deploykit.measure import Latency, measure_latency
+from deploykit.measure.layers import LayerTimes
 from deploykit.measure.profile import NodeTime, profile_nodes
-from deploykit.models.modes import evaluating
+from deploykit.publish import write_json
 from deploykit.quantize import calibrate
 from deploykit.structure import example_input
 from deploykit.targets import Target
 from deploykit.widths import output_width, read_widths
 
 Widths = Mapping[str, Mapping[str, int]]
-SECONDS = 2.0  # to time the whole model
+SECONDS = 2.0  # to time a model
+SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,13 @@ class LatencyModel:
 
     def layer_ms(self, widths: Widths, removed: Collection[str] = ()) -> dict[str, float]:
         """Return what each layer takes with all that follows it; ``""`` is what stays."""
-        gone = {layer for layer in self.shapes if _inside(layer, removed)}
+        gone = {layer for layer in self.shapes if is_inside(layer, removed)}
         kept = [part for part in self.parts if part.layer not in gone]
-        shapes = {layer: self._shape(layer, widths) for layer in self.shapes.keys() - gone}
+        shapes = {
+            layer: shape.with_widths(widths.get(layer, self.widths[layer]))
+            for layer, shape in self.shapes.items()
+            if layer not in gone
+        }
         costs = self.times.ask([*shapes.values(), *self.shapes.values()])
         spent = dict.fromkeys([part.layer for part in kept], 0.0)
         for part in kept:
@@ -106,116 +112,132 @@ class LatencyModel:
         after = output_width(widths.get(part.layer, self.widths[part.layer]))
         return part.ms + part.moved * (after / before - 1)
 
-    def _shape(self, layer: str, widths: Widths) -> LayerShape:
-        shape, found = self.shapes[layer], widths.get(layer)
-        if found is None:
-            return shape
-        inputs = found.get("in_channels", found.get("in_features", 0))
-        return replace(
-            shape, inputs=inputs, outputs=output_width(found), groups=found.get("groups", 1)
-        )
 
+@dataclass
+class LatencyCost:
+    """The latency of a candidate as it ships, and of what pruning makes of it.
 
-def _inside(layer: str, modules: Collection[str]) -> bool:
-    return any(layer == module or layer.startswith(f"{module}.") for module in modules)
+    What is measured is kept in ``record`` before anyone decides by it, so that a run that is
+    resumed decides the same.
 
-
-def measure_latency_model(
-    candidate: Candidate,
-    times: LayerTimes,
-    *,
-    target: Target,
-    quantized: bool,
-    samples: np.ndarray | None = None,
-) -> LatencyModel:
-    """Export, profile and time a candidate as it will ship.
-
-    Args:
-        candidate: a float one.
-        times: the table of layers, which grows.
+    Attributes:
+        candidate: a float one, whole.
         target: this machine's, or one whose kernels it has.
-        quantized: whether it ships in integers; ranges do not change the latency, so some
-            samples are enough.
-        samples: for the ranges, as `calibrate` takes them; random ones by default.
+        quantized: whether it ships in integers; ranges do not change the latency, so that a few
+            random samples are enough to set them.
+        times: the table of layers.
+        record: file of the run; None keeps nothing.
     """
-    with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
-        if quantized:
-            if samples is None:
-                samples = _random_samples(candidate)
-            candidate = calibrate(candidate, samples, target=target)
-        model = export_onnx(candidate, Path(folder) / "model.onnx", name="model")
-        latency = measure_latency(
-            {"model": model},
-            threads=times.threads,
-            baseline="model",
-            batch_sizes=(1,),
-            seconds_per_model=SECONDS,
-        )["model"]["1"]
-        nodes = profile_nodes(model, threads=times.threads)
-        integer = set(fused_operators(model, times.threads).integer) if quantized else set()
-        names = written_names(model, [node.name for node in nodes], times.threads)
-    shapes = layer_shapes(candidate.module, example_input(candidate, batch=2))
-    precision = target.activation_dtype
-    shapes = {
-        layer: replace(shape, precision=precision) if layer in integer else shape
-        for layer, shape in shapes.items()
-    }
-    parts = _parts(nodes, names, shapes, latency.median_ms)
-    return LatencyModel(latency.median_ms, parts, shapes, read_widths(candidate.module), times)
+
+    candidate: Candidate
+    target: Target
+    quantized: bool
+    times: LayerTimes
+    record: Path | None = None
+    _model: LatencyModel | None = None
+    _built: dict[str, float] = field(default_factory=dict)
+
+    def predict(self, widths: Widths, removed: Collection[str] = ()) -> float:
+        """Return the predicted latency at batch 1; milliseconds."""
+        return self.model.predict(widths, removed)
+
+    def measure(self, module: nn.Module, removed: Collection[str] = ()) -> float:
+        """Return the latency at batch 1 of a pruned module, by its ratio to the whole model.
+
+        Args:
+            module: the pruned module.
+            removed: blocks that are gone from it.
+        """
+        key = json.dumps([read_widths(module), sorted(removed)], sort_keys=True)
+        key = sha256(key.encode()).hexdigest()
+        whole = self.model  # before, so that what the record holds is known
+        if key not in self._built:
+            pruned = replace(self.candidate, module=module)
+            with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
+                models = {
+                    "whole": self._ship(self.candidate, Path(folder) / "whole.onnx"),
+                    "pruned": self._ship(pruned, Path(folder) / "pruned.onnx"),
+                }
+                latency = _batch_one(models, self.times.threads)["pruned"]
+            self._built[key] = whole.measured_ms / latency.ratio
+            self.keep()
+        return self._built[key]
+
+    @property
+    def model(self) -> LatencyModel:
+        """The whole model's latency, profiled on first use or read from the record."""
+        if self._model is None:
+            shapes = layer_shapes(self.candidate.module, example_input(self.candidate, batch=2))
+            known = self._read()
+            measured_ms, parts, integer = known or self._profile(shapes)
+            precision = self.target.activation_dtype
+            shapes = {
+                layer: replace(shape, precision=precision) if layer in integer else shape
+                for layer, shape in shapes.items()
+            }
+            widths = read_widths(self.candidate.module)
+            self._model = LatencyModel(measured_ms, parts, shapes, widths, self.times)
+        return self._model
+
+    def _profile(self, layers: Iterable[str]) -> tuple[float, tuple[Part, ...], set[str]]:
+        threads = self.times.threads
+        with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
+            model = self._ship(self.candidate, Path(folder) / "whole.onnx")
+            measured_ms = _batch_one({"whole": model}, threads)["whole"].median_ms
+            nodes = profile_nodes(model, threads=threads)
+            integer = set(fused_operators(model, threads).integer)
+            names = written_names(model, [node.name for node in nodes], threads)
+        return measured_ms, _parts(nodes, names, layers, measured_ms), integer
+
+    def _ship(self, candidate: Candidate, path: Path) -> OnnxModel:
+        if self.quantized:
+            candidate = calibrate(candidate, _random_samples(candidate), target=self.target)
+        return export_onnx(candidate, path, name="model")
+
+    def keep(self) -> None:
+        """Write what was measured so far."""
+        if self.record is not None and self._model is not None:
+            model = self._model
+            integer = [name for name, one in model.shapes.items() if one.precision != "float32"]
+            write_json(
+                self.record,
+                {
+                    "schema": 1,
+                    "measured_ms": model.measured_ms,
+                    "parts": [asdict(part) for part in model.parts],
+                    "integer": integer,
+                    "costs": self.times.costs,
+                    "built": self._built,
+                },
+            )
+
+    def _read(self) -> tuple[float, tuple[Part, ...], set[str]] | None:
+        if self.record is None or not self.record.exists():
+            return None
+        known = json.loads(self.record.read_text(encoding="utf-8"))
+        self.times.costs.update(known["costs"])
+        self._built.update(known["built"])
+        parts = tuple(Part(**part) for part in known["parts"])
+        return known["measured_ms"], parts, set(known["integer"])
+
+
+def _batch_one(models: Mapping[str, OnnxModel], threads: int) -> dict[str, Latency]:
+    measured = measure_latency(
+        models,
+        threads=threads,
+        baseline="whole",
+        batch_sizes=(1,),
+        seconds_per_model=SECONDS,
+    )
+    return {name: latency["1"] for name, latency in measured.items()}
 
 
 def _random_samples(candidate: Candidate) -> np.ndarray:
     generator, spec = np.random.default_rng(0), candidate.signature.inputs[0]
-    shape = (32, *spec.shape[1:])
+    shape = (SAMPLES, *spec.shape[1:])
     if spec.dtype == "uint8":
         return generator.integers(0, 256, shape, dtype=np.uint8)
     return generator.standard_normal(shape).astype(spec.dtype)
-
-
-def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
-    """Return the shape of each convolution and linear layer that a forward pass calls."""
-    shapes: dict[str, LayerShape] = {}
-    hooks = [
-        layer.register_forward_hook(_note_shape(name, shapes))
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
-    ]
-    try:
-        with torch.no_grad(), evaluating(module):
-            module(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes
-
-
-def _note_shape(name: str, shapes: dict[str, LayerShape]) -> Any:
-    def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        size = tuple(inputs[0].shape[1:])
-        if isinstance(layer, nn.Linear):
-            shapes[name] = LayerShape("linear", layer.in_features, layer.out_features, size[:-1])
-            return
-        padding = layer.padding if isinstance(layer.padding, tuple) else _same_padding(layer)
-        shapes[name] = LayerShape(
-            "transposed" if layer.transposed else "conv",
-            layer.in_channels,
-            layer.out_channels,
-            size[1:],
-            layer.groups,
-            tuple(layer.kernel_size),
-            tuple(layer.stride),
-            tuple(padding),
-            tuple(layer.dilation),
-        )
-
-    return hook
-
-
-def _same_padding(layer: Any) -> tuple[int, ...]:
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    pairs = zip(layer.kernel_size, layer.dilation, strict=True)
-    return tuple(step * (size - 1) // 2 for size, step in pairs)
 
 
 def _parts(

@@ -16,8 +16,11 @@ from deploykit.artifacts import Candidate, JsonDict, Report
 from deploykit.bundle_files import Golden, golden_files
 from deploykit.data import Dataset
 from deploykit.decisions import ptq_decision, stage_decision
+from deploykit.environment import cache_folder
 from deploykit.errors import BudgetError, DataError
 from deploykit.interrupt import raise_if_stopped
+from deploykit.latency_model import LatencyCost
+from deploykit.measure.layers import LayerTimes
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
@@ -114,14 +117,7 @@ def _make_stages(work: Work, start: Candidate) -> tuple[list[Stage], dict[str, s
     reasons: dict[str, str] = {}
     stages = [_proved(work, time.monotonic(), lambda: train(start, work))]
     if recipe.prune is not None:
-        section, target = recipe.prune, resolve_target(recipe.target)
-        stages.append(
-            _proved(
-                work,
-                time.monotonic(),
-                lambda: prune(stages[0].candidate, work.training, section, target=target),
-            )
-        )
+        stages.append(_proved(work, time.monotonic(), lambda: _prune(stages[0].candidate, work)))
     if recipe.quantize is not None:
         stage, reasons["quantize"] = _quantize(work, stages[-1], stages[0])
         stages.append(stage)
@@ -150,6 +146,22 @@ def train(candidate: Candidate, work: Work) -> Candidate:
     return replace(candidate, module=module, notes=notes)
 
 
+def _prune(candidate: Candidate, work: Work) -> Candidate:
+    """Prune as the recipe says; a latency is measured in the precision that ships."""
+    recipe, section = work.recipe, work.recipe.prune
+    assert section is not None
+    target, latency = resolve_target(recipe.target), None
+    if section.how_much[0] in {"speedup", "latency_ms"}:
+        latency = LatencyCost(
+            candidate,
+            target,
+            quantized=recipe.quantize is not None,
+            times=LayerTimes.open(cache_folder(), recipe.threads),
+            record=work.run.latencies,
+        )
+    return prune(candidate, work.training, section, target=target, latency=latency)
+
+
 def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     """Calibrate or train, as the mode says; ``auto`` trains only where calibrating costs more."""
     recipe, section = work.recipe, work.recipe.quantize
@@ -169,7 +181,13 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     stage = _proved(
         work,
         started,
-        lambda: train_quantized(before.candidate, work.training, section, target=target),
+        lambda: train_quantized(
+            before.candidate,
+            work.training,
+            section,
+            target=target,
+            teacher=baseline.candidate.module,
+        ),
     )
     return stage, f"qat: {why}"
 

@@ -64,7 +64,12 @@ def calibration_rows(count: int, section: QuantizeSection, seed: int) -> np.ndar
 
 
 def train_quantized(
-    candidate: Candidate, training: Training, section: QuantizeSection, *, target: Target
+    candidate: Candidate,
+    training: Training,
+    section: QuantizeSection,
+    *,
+    target: Target,
+    teacher: nn.Module | None = None,
 ) -> Candidate:
     """Quantize in training: the model learns weights and ranges that integers serve well.
 
@@ -72,19 +77,29 @@ def train_quantized(
     epochs (Krishnamoorthi 2018, section 4.2), so that the last epochs train the very
     arithmetic that ships.
 
+    Args:
+        candidate: a float candidate; left as it is.
+        training: data and plan.
+        section: epochs, rate, when statistics stand still.
+        target: decides the integer types.
+        teacher: a float module whose answers are learned from where the section says so; the
+            candidate's own by default.
+
     Raises:
         CompressionError: the model has nothing that runs in integers.
     """
-    from deploykit.train import fit, recovery_plan
+    from deploykit.train import distillation, fit, recovery_plan
 
     exact = exact_inputs(candidate, target)
     graph = training_graph(candidate.module, example_input(candidate, batch=2), target, exact)
     plan = recovery_plan(training.plan, section)
+    taught = distillation(teacher or candidate.module, training, plan) if section.distill else None
     result = fit(
         graph,
         training,
         stage="quantize",
         plan=plan,
+        loss=taught,
         set_mode=set_graph_mode,
         on_epoch=_freezing(section, plan.epochs),
     )

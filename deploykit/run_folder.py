@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "calibration.npy"
 
     @property
+    def latencies(self) -> Path:
+        """What pruning to a latency has measured, written before it decides by it."""
+        return self.path / "latencies.json"
+
+    @property
     def golden(self) -> Path:
         """Samples with their expected answers, as the bundle will hold them."""
         return self.path / "golden"

@@ -95,6 +95,9 @@ def _details(
         details["left_alone"] = [
             {"layer": layer, "why": why} for layer, why in notes["left_alone"].items()
         ]
+        details["pruning"] = {
+            key: notes[key] for key in ("removed", "bounds", "sensitivity") if key in notes
+        }
     if fusion is not None:
         details["fusion"] = fusion
     return details

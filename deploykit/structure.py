@@ -1,7 +1,8 @@
 """A candidate on disk: what it is made of as JSON, its weights as safetensors, no pickle.
 
 A folder holds ``structure.json`` and ``model.safetensors``. The module is rebuilt in the order
-in which it came to be: its own factory, the folded input, the narrowed widths, the weights.
+in which it came to be: its own factory, the folded input, the removed blocks, the narrowed
+widths, the weights.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from deploykit.artifacts import Candidate, JsonDict, Signature
+from deploykit.depth import remove_blocks
 from deploykit.errors import ModelError
 from deploykit.models.build import call_factory
 from deploykit.models.modes import evaluating
@@ -109,6 +111,7 @@ def rebuild(structure: Mapping[str, Any], *, base: Path) -> nn.Module:
     )
     try:
         add_biases(module, structure.get("input", {}).get("bias_added", []))
+        remove_blocks(module, structure.get("removed", []))
         set_widths(module, structure.get("widths", {}))
     except AttributeError as error:
         raise ModelError(

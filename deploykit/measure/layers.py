@@ -4,59 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from deploykit.environment import environment
+from deploykit.layer_shapes import LayerShape
 from deploykit.measure.profile import Profiler
 from deploykit.publish import write_json
 from deploykit.seeds import stable_seed
 
-Kind = Literal["conv", "transposed", "linear"]
 ROUNDS = 12
 SAMPLE_SECONDS = 0.002
 MOST_RUNS = 20  # a round
 SESSIONS = 64  # models that are open at once
 OPSET = 20
 LAYOUT = frozenset({"Transpose", "ReorderInput", "ReorderOutput"})  # of the borders of the model
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """All that the cost of a layer depends on.
-
-    Attributes:
-        kind: convolution, transposed convolution or linear layer.
-        inputs: channels or features that it reads.
-        outputs: channels or features that it makes.
-        size: spatial size of its input; of a linear layer the axes between batch and features.
-        groups: of a convolution; 1 elsewhere.
-        kernel: spatial size of the weight; empty for a linear layer, like the three below.
-        stride: step between windows.
-        padding: added on both sides.
-        dilation: step within a window.
-        precision: dtype of the activations that it reads: ``float32``, ``uint8`` or ``int8``.
-    """
-
-    kind: Kind
-    inputs: int
-    outputs: int
-    size: tuple[int, ...] = ()
-    groups: int = 1
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    precision: str = "float32"
-
-    @property
-    def key(self) -> str:
-        """Return the shape as text, the same in every process."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
 
 # Times of one file are multiples of this layer's, so that they can be compared.
@@ -134,20 +100,17 @@ def _measure(shapes: Sequence[LayerShape], threads: int) -> dict[str, float]:
         for place in generator.permutation(len(order)):
             runners[order[place]].run(runs[order[place]])
     rounds = {shape: _by_round(runner, runs[shape]) for shape, runner in runners.items()}
-    return {
-        shape.key: float(np.median(rounds[shape] / rounds[REFERENCE])) for shape in shapes
-    }
+    return {shape.key: float(np.median(rounds[shape] / rounds[REFERENCE])) for shape in shapes}
 
 
 def _by_round(runner: Profiler, runs: int) -> np.ndarray:
     """Return what the layer took in each round; the first run of a round finds cold caches."""
     total = sum(
-        durations
-        for (_, operator), durations in runner.finish().items()
-        if operator not in LAYOUT
+        durations for (_, operator), durations in runner.finish().items() if operator not in LAYOUT
     )
     by_round = np.asarray(total)[-ROUNDS * runs :].reshape(ROUNDS, runs)
-    return np.median(by_round[:, 1:] if runs > 1 else by_round, axis=1)
+    medians: np.ndarray = np.median(by_round[:, 1:] if runs > 1 else by_round, axis=1)
+    return medians
 
 
 def layer_model(shape: LayerShape) -> bytes:

@@ -6,12 +6,12 @@ https://arxiv.org/abs/1605.06431), and depth is time that narrower layers do not
 """
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deploykit.depth import remove_blocks
 from deploykit.models.modes import evaluating
 
 TOLERANCE = 1e-5  # relative; a block that passes its input on does so to rounding
@@ -34,18 +34,6 @@ def removable_blocks(module: nn.Module, example: Tensor) -> tuple[str, ...]:
         if name and not inner and name in inputs and _passes_on(block, inputs[name]):
             found.append(name)
     return tuple(name for name in reversed(found) if _can_go(module, name, example))
-
-
-def remove_blocks(module: nn.Module, names: Iterable[str]) -> None:
-    """Replace each named block by its input, in place.
-
-    Raises:
-        AttributeError: there is no such module.
-    """
-    for name in names:
-        parent, _, attribute = name.rpartition(".")
-        module.get_submodule(name)
-        setattr(module.get_submodule(parent), attribute, nn.Identity())
 
 
 def _inputs(module: nn.Module, example: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ class PruneNotes:
         left_alone: why a group kept all its channels, by the names of its layers.
         macs: multiply-accumulates of one sample, before and after.
         parameters: number of parameters, before and after.
+        removed: residual blocks that are gone.
     """
 
     channel_ratio: float
@@ -25,6 +26,7 @@ class PruneNotes:
     left_alone: Mapping[str, str]
     macs: tuple[int, int]
     parameters: tuple[int, int]
+    removed: tuple[str, ...] = ()
 
     def to_json(self) -> JsonDict:
         """Return plain JSON for the report."""

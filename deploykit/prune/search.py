@@ -16,18 +16,11 @@ from typing import Protocol
 
 import numpy as np
 
+from deploykit.layer_shapes import is_inside
+
 BINS = 4000  # steps in which costs are counted
 ROUNDS = 8
 MOST_OPTIONS = 128  # of one choice
-
-
-class Cost(Protocol):
-    """What a model costs: milliseconds, or multiply-accumulates."""
-
-    def predict(
-        self, widths: Mapping[str, Mapping[str, int]], removed: Collection[str] = ()
-    ) -> float:
-        """Return the cost with these widths of layers, and without these modules."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def make_choices(
     """
     choices, inside = [], set()
     for block, loss in blocks.items():
-        roots = [root for root in groups if all(_within(name, block) for name in members[root])]
+        roots = [root for root in groups if all(is_inside(name, [block]) for name in members[root])]
         inside.update(roots)
         options = _combined({root: groups[root] for root in roots})
         choices.append([*options, Option(loss, removed=(block,))])
@@ -93,10 +86,6 @@ def make_choices(
         if root not in inside:
             choices.append(_combined({root: widths}))
     return choices
-
-
-def _within(layer: str, block: str) -> bool:
-    return layer == block or layer.startswith(f"{block}.")
 
 
 def _combined(groups: Mapping[str, Mapping[int, float]]) -> list[Option]:
@@ -130,9 +119,11 @@ def search(choices: Sequence[Sequence[Option]], price: Pricing, bound: float) ->
         deltas, now = _deltas(choices, taken, price)
         solved = _knapsack(choices, deltas, aim - now)
         plan = _plan(choices, solved, price, bound)
-        if plan.holds and (best is None or not best.holds or plan.loss < best.loss):
-            best = plan
-        elif best is None or (not best.holds and plan.cost < best.cost):
+        if (
+            (plan.holds and (best is None or not best.holds or plan.loss < best.loss))
+            or best is None
+            or (not best.holds and plan.cost < best.cost)
+        ):
             best = plan
         if solved == taken and plan.holds:
             break
@@ -190,9 +181,7 @@ def _knapsack(
         table = np.full((len(options), bins), np.inf)
         for number, option in enumerate(options):
             if weight[number] < bins:
-                table[number, weight[number] :] = (
-                    losses[: bins - weight[number]] + option.loss
-                )
+                table[number, weight[number] :] = losses[: bins - weight[number]] + option.loss
         picks.append(table.argmin(0))
         losses = table.min(0)
     if not np.isfinite(losses[-1]):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from deploykit.prune.blocks import remove_blocks
+from deploykit.depth import remove_blocks
 from deploykit.prune.graph import Graph
 from deploykit.prune.selection import Prunable
 
@@ -92,7 +93,7 @@ def _interpolated(
     found, worst = {}, 0.0
     for width in sorted(widths, reverse=True):
         (above, least), (below, most) = next(
-            (one, other) for one, other in zip(known, known[1:], strict=False)
+            (one, other) for one, other in pairwise(known)
             if one[0] >= width >= other[0]
         )  # fmt: skip
         share = (above - width) / (above - below)

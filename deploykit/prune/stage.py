@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.cost import count_macs, count_parameters
+from deploykit.prune.bounded import prune_to_bound
 from deploykit.prune.channels import narrowed, prune_channels
+from deploykit.prune.cost import Cost, MacsCost
+from deploykit.prune.landscape import Rules, survey
 from deploykit.prune.notes import PruneNotes
 from deploykit.recipe.sections import PruneSection
 from deploykit.seeds import stable_seed
@@ -24,56 +28,171 @@ if TYPE_CHECKING:
     from deploykit.train import Training
 
 TAYLOR_SAMPLES = 512
-TAYLOR_BATCH = 64
+SURVEY_SAMPLES = 256  # of the validation split
+BATCH = 64
+
+
+@dataclass
+class _Course:
+    """What has been done to the module so far."""
+
+    module: nn.Module
+    removed: tuple[str, ...] = ()
+    steps: list[PruneNotes] = field(default_factory=list)
+    recovery: list[JsonDict] = field(default_factory=list)
+    bounds: list[JsonDict] = field(default_factory=list)
+    sensitivity: JsonDict | None = None
 
 
 def prune(
-    candidate: Candidate, training: Training, section: PruneSection, *, target: Target
+    candidate: Candidate,
+    training: Training,
+    section: PruneSection,
+    *,
+    target: Target,
+    latency: Cost | None = None,
 ) -> Candidate:
-    """Remove channels in ``section.steps`` steps, each followed by recovery training.
+    """Remove channels and blocks in ``section.steps`` steps, each followed by recovery training.
 
     Args:
         candidate: a float candidate; left as it is.
         training: data and plan for the recovery.
         section: how much, by which measure, in how many steps.
         target: where the model will run; says of what widths are multiples.
+        latency: of ``candidate`` and what comes of it; needed where the section asks for a
+            speed-up or a latency.
 
     Returns:
-        The smaller candidate. ``notes["prune"]`` is `PruneNotes` over all steps,
-        ``notes["recovery"]`` the course of each step's training.
+        The smaller candidate. ``notes["prune"]`` is `PruneNotes` over all steps, with the
+        measured sensitivities and the bound of each step where there was one;
+        ``notes["recovery"]`` is the course of each step's training.
 
     Raises:
-        CompressionError: a pattern fits no module, or the pruned model does not run.
+        CompressionError: a pattern fits no module, the bound cannot be held, or the pruned
+            model does not run.
     """
-    from deploykit.train import fit, recovery_plan
+    from deploykit.train import distillation, fit, recovery_plan
 
-    module = candidate.module
-    initial = read_widths(module)
     plan = recovery_plan(training.plan, section)
-    recovery: list[JsonDict] = []
-    steps: list[PruneNotes] = []
+    loss = distillation(candidate.module, training, plan) if section.distill else None
+    course = _Course(candidate.module)
     for step in range(1, section.steps + 1):
-        module, notes = prune_channels(
-            module,
-            example_input(candidate, batch=2),
-            channel_ratio=section.channel_ratio * step / section.steps,
-            importance=section.importance,
-            scope=section.scope,
-            channel_multiple=section.channel_multiple or target.channel_multiple,
-            protect=section.protect,
-            gradients=loss_gradients(module, training) if section.importance == "taylor" else None,
-            initial_widths=initial,
-        )
-        steps.append(notes)
+        if section.how_much[0] == "channel_ratio":
+            _by_ratio(course, candidate, training, section, target, step / section.steps)
+        else:
+            cost = latency or MacsCost.of(candidate.module, example_input(candidate, batch=2))
+            _to_bound(course, candidate, training, section, target, cost, step / section.steps)
         if section.epochs:
-            recovery.append(fit(module, training, stage=f"prune-{step}", plan=plan).to_json())
+            result = fit(course.module, training, stage=f"prune-{step}", plan=plan, loss=loss)
+            course.recovery.append(result.to_json())
+    notes = _summary(candidate, course).to_json()
+    if course.bounds:
+        notes |= {"bounds": course.bounds, "sensitivity": course.sensitivity}
     return Candidate(
-        module=module,
+        module=course.module,
         signature=candidate.signature,
-        structure=_structure(candidate, module),
+        structure=_structure(candidate, course),
         stage="prune",
-        notes={"prune": _summary(candidate, module, steps).to_json(), "recovery": recovery},
+        notes={"prune": notes, "recovery": course.recovery},
     )
+
+
+def _by_ratio(
+    course: _Course,
+    candidate: Candidate,
+    training: Training,
+    section: PruneSection,
+    target: Target,
+    share: float,
+) -> None:
+    """Remove a share of what the section asks for, counted from the first module's channels."""
+    taylor = section.importance == "taylor"
+    course.module, notes = prune_channels(
+        course.module,
+        example_input(candidate, batch=2),
+        channel_ratio=section.how_much[1] * share,
+        importance=section.importance,
+        scope=section.scope,
+        channel_multiple=section.channel_multiple or target.channel_multiple,
+        protect=section.protect,
+        gradients=loss_gradients(course.module, training) if taylor else None,
+        initial_widths=read_widths(candidate.module),
+    )
+    course.steps.append(notes)
+
+
+def _to_bound(
+    course: _Course,
+    candidate: Candidate,
+    training: Training,
+    section: PruneSection,
+    target: Target,
+    cost: Cost,
+    share: float,
+) -> None:
+    """Go a share of the way to the bound, by equal factors."""
+    example = example_input(candidate, batch=2)
+    rules = Rules(
+        importance=_norm(section),
+        protect=section.protect,
+        channel_multiple=section.channel_multiple or target.channel_multiple,
+        depth=section.depth,
+    )
+    whole = cost.measure(candidate.module)
+    kind, asked = section.how_much
+    final = asked if kind == "latency_ms" else whole / asked
+    bound = whole * (final / whole) ** share if final < whole else final
+    training.progress.message("prune: measuring what each group and each block matters")
+    module = copy.deepcopy(course.module).cpu()
+    landscape = survey(module, example, _validation_batches(training), rules)
+    shrunk = prune_to_bound(
+        module,
+        example,
+        landscape,
+        cost=cost,
+        bound=bound,
+        rules=rules,
+        removed=course.removed,
+    )
+    training.progress.message(
+        f"prune: {whole / shrunk.measured:.2f}x less {_unit(kind)} than unpruned; "
+        f"{len(shrunk.removed)} blocks and {len(shrunk.notes.widths)} widths changed"
+    )
+    course.module, course.removed = shrunk.module, shrunk.removed
+    course.steps.append(shrunk.notes)
+    course.sensitivity = course.sensitivity or landscape.to_json()
+    course.bounds.append(
+        {
+            "unit": _unit(kind),
+            "before": whole,
+            "bound": bound,
+            "predicted": shrunk.predicted,
+            "measured": shrunk.measured,
+        }
+    )
+
+
+def _norm(section: PruneSection) -> Literal["l1", "l2"]:
+    return "l1" if section.importance == "l1" else "l2"
+
+
+def _unit(kind: str) -> str:
+    return "multiply-accumulates" if kind == "macs" else "ms at batch 1"
+
+
+def _validation_batches(training: Training) -> list[Tensor]:
+    """Return the first validation samples as the module takes them."""
+    from deploykit.data.pixels import normalize
+
+    split = training.dataset.validation
+    count = min(SURVEY_SAMPLES, len(split))
+    return [
+        normalize(
+            torch.from_numpy(split.load(np.arange(start, min(start + BATCH, count)))),
+            training.dataset.preprocess,
+        )
+        for start in range(0, count, BATCH)
+    ]
 
 
 def loss_gradients(module: nn.Module, training: Training) -> dict[str, Tensor]:
@@ -84,8 +203,8 @@ def loss_gradients(module: nn.Module, training: Training) -> dict[str, Tensor]:
     generator = np.random.default_rng(stable_seed(training.seed, "prune", "taylor"))
     chosen = generator.permutation(len(split))[:TAYLOR_SAMPLES]
     copied = copy.deepcopy(module).cpu().eval().requires_grad_(True)
-    for start in range(0, len(chosen), TAYLOR_BATCH):
-        rows = np.sort(chosen[start : start + TAYLOR_BATCH])
+    for start in range(0, len(chosen), BATCH):
+        rows = np.sort(chosen[start : start + BATCH])
         inputs = normalize(torch.from_numpy(split.load(rows)), training.dataset.preprocess)
         labels = torch.from_numpy(split.labels[rows])
         loss = cross_entropy(copied(inputs), labels, reduction="sum") / len(chosen)
@@ -97,20 +216,26 @@ def loss_gradients(module: nn.Module, training: Training) -> dict[str, Tensor]:
     }
 
 
-def _structure(candidate: Candidate, module: nn.Module) -> JsonDict:
-    changed = changed_widths(read_widths(candidate.module), read_widths(module))
-    widths = {**candidate.structure.get("widths", {}), **changed}
-    return {**candidate.structure, "widths": widths}
+def _structure(candidate: Candidate, course: _Course) -> JsonDict:
+    changed = changed_widths(read_widths(candidate.module), read_widths(course.module))
+    structure = {
+        **candidate.structure,
+        "widths": {**candidate.structure.get("widths", {}), **changed},
+    }
+    removed = [*candidate.structure.get("removed", []), *course.removed]
+    return {**structure, "removed": removed} if removed else structure
 
 
-def _summary(candidate: Candidate, module: nn.Module, steps: list[PruneNotes]) -> PruneNotes:
+def _summary(candidate: Candidate, course: _Course) -> PruneNotes:
     """Draw the steps together: ratios and reasons of the last, sizes from first to last."""
-    example = example_input(candidate, batch=2)
+    example, steps = example_input(candidate, batch=2), course.steps
+    before, after = read_widths(candidate.module), read_widths(course.module)
     return PruneNotes(
         channel_ratio=steps[-1].channel_ratio,
         achieved_ratio=steps[-1].achieved_ratio,
-        widths=narrowed(read_widths(candidate.module), read_widths(module)),
+        widths=narrowed(before, after),
         left_alone=steps[-1].left_alone,
-        macs=(count_macs(candidate.module, example), count_macs(module, example)),
-        parameters=(count_parameters(candidate.module), count_parameters(module)),
+        macs=(count_macs(candidate.module, example), count_macs(course.module, example)),
+        parameters=(count_parameters(candidate.module), count_parameters(course.module)),
+        removed=course.removed,
     )

@@ -231,18 +231,38 @@ class TrainSection(Section):
     average: AverageSection | None = Field(None, description="mean of the weights")
 
 
+HOW_MUCH = ("speedup", "latency_ms", "macs", "channel_ratio")
+DEFAULT_CHANNEL_RATIO = 0.3
+
+
 class RecoverySection(Section):
     """What prune and quantize share: training that wins accuracy back."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(3, description="recovery training; epochs")
     lr: Positive | None = Field(None, description="peak learning rate; default: a tenth of train's")
     schedule: ScheduleSection = Field(ScheduleSection(), description="how the rate moves")
+    distill: bool = Field(False, description="learn from the float model's answers as well")
 
 
 class PruneSection(RecoverySection):
-    """Removal of whole channels."""
+    """Removal of channels and of residual blocks; one of the first four says how much."""
 
-    channel_ratio: Fraction = Field(0.3, description="share of the channels to remove")
+    speedup: Annotated[FiniteFloat, Field(ge=1)] | None = Field(
+        None,
+        description="times faster at batch 1 than unpruned, measured in the precision that ships",
+    )
+    latency_ms: Positive | None = Field(
+        None, description="latency at batch 1, measured in the precision that ships; ms"
+    )
+    macs: Annotated[FiniteFloat, Field(ge=1)] | None = Field(
+        None, description="times fewer multiply-accumulates; to compare with"
+    )
+    channel_ratio: Fraction | None = Field(
+        None, description="share of the channels to remove; 0.3 where nothing says how much"
+    )
+    depth: bool = Field(
+        True, description="speedup, latency_ms, macs: whole residual blocks may go as well"
+    )
     importance: Literal["l1", "l2", "taylor"] = Field(
         "l2", description="what makes a channel worth keeping"
     )
@@ -254,6 +274,26 @@ class PruneSection(RecoverySection):
     channel_multiple: Count | None = Field(
         None, description="widths are multiples of it; default: the target's"
     )
+
+    @model_validator(mode="after")
+    def _one_says_how_much(self) -> Self:
+        given = [key for key in HOW_MUCH if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"prune.{given[1]}: expected one of {', '.join(HOW_MUCH)}, got "
+                             f"{' and '.join(given)}; remove all but one")  # fmt: skip
+        if self.importance == "taylor" and given and given != ["channel_ratio"]:
+            raise ValueError(
+                f"prune.importance: expected l1 or l2 with {given[0]}, got taylor; change it"
+            )
+        return self
+
+    @property
+    def how_much(self) -> tuple[str, float]:
+        """The key that says how much is pruned, and its value."""
+        for key in HOW_MUCH:
+            if (value := getattr(self, key)) is not None:
+                return key, value
+        return "channel_ratio", DEFAULT_CHANNEL_RATIO
 
 
 class QuantizeSection(RecoverySection):

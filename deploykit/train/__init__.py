@@ -1,6 +1,7 @@
 """Training, fine-tuning and recovery: one loop for all stages."""
 
 from deploykit.interrupt import stop_on_signals
+from deploykit.train.distill import distillation
 from deploykit.train.evaluate import SetMode, evaluate
 from deploykit.train.freeze import set_mode
 from deploykit.train.loop import Loss, OnEpoch, fit
@@ -14,6 +15,7 @@ __all__ = [
     "SetMode",
     "TrainedSpan",
     "Training",
+    "distillation",
     "evaluate",
     "fit",
     "recovery_plan",

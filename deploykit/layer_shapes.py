@@ -1,0 +1,128 @@
+"""The shapes of a module's layers: all that their cost depends on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deploykit.models.modes import evaluating
+from deploykit.widths import output_width
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A convolution or a linear layer.
+
+    Attributes:
+        kind: convolution, transposed convolution or linear layer.
+        inputs: channels or features that it reads.
+        outputs: channels or features that it makes.
+        size: spatial size of its input; of a linear layer the axes between batch and features.
+        groups: of a convolution; 1 elsewhere.
+        kernel: spatial size of the weight; empty for a linear layer, like the three below.
+        stride: step between windows.
+        padding: added on both sides.
+        dilation: step within a window.
+        precision: dtype of the activations that it reads: ``float32``, ``uint8`` or ``int8``.
+    """
+
+    kind: Literal["conv", "transposed", "linear"]
+    inputs: int
+    outputs: int
+    size: tuple[int, ...] = ()
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    precision: str = "float32"
+
+    @property
+    def key(self) -> str:
+        """Return the shape as text, the same in every process."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        places = self.size
+        if self.kind == "conv":
+            spans = zip(self.size, self.kernel, self.stride, self.padding, self.dilation,
+                        strict=True)  # fmt: skip
+            places = tuple(
+                (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+                for size, kernel, stride, padding, dilation in spans
+            )
+        weights = self.inputs * self.outputs // self.groups * math.prod(self.kernel)
+        return weights * math.prod(places)
+
+    def with_widths(self, widths: Mapping[str, int]) -> LayerShape:
+        """Return the layer with other widths, as `read_widths` gives them."""
+        inputs = widths["in_channels" if "in_channels" in widths else "in_features"]
+        groups = widths.get("groups", 1)
+        return replace(self, inputs=inputs, outputs=output_width(widths), groups=groups)
+
+
+def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
+    """Return the shape of each convolution and linear layer that a forward pass calls.
+
+    Args:
+        module: left as it is.
+        example: float input ``(N, ...)``.
+    """
+    shapes: dict[str, LayerShape] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            shapes[name] = _shape(layer, tuple(inputs[0].shape[1:]))
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(note(name))
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+    ]
+    try:
+        with torch.no_grad(), evaluating(module):
+            module(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _shape(layer: Any, read: tuple[int, ...]) -> LayerShape:
+    if isinstance(layer, nn.Linear):
+        return LayerShape("linear", layer.in_features, layer.out_features, read[:-1])
+    return LayerShape(
+        "transposed" if layer.transposed else "conv",
+        layer.in_channels,
+        layer.out_channels,
+        read[1:],
+        layer.groups,
+        tuple(layer.kernel_size),
+        tuple(layer.stride),
+        _padding(layer),
+        tuple(layer.dilation),
+    )
+
+
+def _padding(layer: Any) -> tuple[int, ...]:
+    if isinstance(layer.padding, tuple):
+        return tuple(layer.padding)
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    pairs = zip(layer.kernel_size, layer.dilation, strict=True)
+    return tuple(step * (size - 1) // 2 for size, step in pairs)
+
+
+def is_inside(layer: str, modules: Any) -> bool:
+    """Whether a module is one of those named, or stands in one of them."""
+    return any(layer == module or layer.startswith(f"{module}.") for module in modules)
