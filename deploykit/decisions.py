@@ -42,16 +42,38 @@ def ptq_decision(
     )
 
 
+# A stage pays if it makes the model faster by more than this, or smaller without making it slower.
+FASTER, SMALLER = 1.02, 1.05
+
+
+def pays(speedup: float, before: Stage, after: Stage) -> bool:
+    """Whether a stage is worth its while.
+
+    Args:
+        speedup: of the shipped model at batch 1, over the one without the stage.
+        before: the stage before.
+        after: the stage judged.
+    """
+    smaller = before.model.path.stat().st_size / after.model.path.stat().st_size
+    return speedup > FASTER or (speedup >= 1 / FASTER and smaller > SMALLER)
+
+
 def stage_decision(
-    before: Stage, after: Stage, measured: Mapping[str, JsonDict], reason: str = ""
+    before: Stage,
+    after: Stage,
+    measured: Mapping[str, JsonDict],
+    reason: str = "",
+    *,
+    kept: bool = True,
 ) -> Decision:
     """Say what a stage brought over the one before, in latency, size and accuracy.
 
     Args:
-        before: the stage before.
+        before: the stage that it was made from.
         after: the stage decided about.
         measured: measurements by stage.
         reason: what was decided within the stage, told first.
+        kept: whether the model that ships has gone through it.
     """
     faster = []
     for batch, one in measured[after.name]["latency"].items():
@@ -62,7 +84,7 @@ def stage_decision(
     drop, (low, high) = validation_drop(before, after)
     return Decision(
         after.name,
-        kept=True,
+        kept=kept,
         why=f"{reason}{'; ' if reason else ''}against {before.name}: speed {', '.join(faster)}; "
         f"{smaller:.2f}x smaller; validation accuracy {-drop:+.2%} "
         f"(95%: {-high:+.2%} to {-low:+.2%})",

@@ -56,6 +56,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """A model as it was timed: its latency, where that goes, and its layers in integers."""
+
+    measured_ms: float
+    parts: tuple[Part, ...]
+    integer: frozenset[str]
+
+
+@dataclass(frozen=True)
 class LatencyModel:
     """Predicts the latency at batch 1 of a model whose layers have other widths.
 
@@ -134,8 +143,10 @@ class LatencyCost:
     quantized: bool
     times: LayerTimes
     record: Path | None = None
+    _known: bool = False
+    _profile: Profile | None = None
     _model: LatencyModel | None = None
-    _built: dict[str, float] = field(default_factory=dict)
+    _speedups: dict[str, float] = field(default_factory=dict)
 
     def predict(self, widths: Widths, removed: Collection[str] = ()) -> float:
         """Return the predicted latency at batch 1; milliseconds."""
@@ -148,77 +159,95 @@ class LatencyCost:
             module: the pruned module.
             removed: blocks that are gone from it.
         """
+        return self.model.measured_ms / self.speedup(module, removed)
+
+    def speedup(self, module: nn.Module, removed: Collection[str] = ()) -> float:
+        """Return how many times faster than the whole model a pruned one is, as they ship."""
+        self._read()
         key = json.dumps([read_widths(module), sorted(removed)], sort_keys=True)
         key = sha256(key.encode()).hexdigest()
-        whole = self.model  # before, so that what the record holds is known
-        if key not in self._built:
+        if key not in self._speedups:
             pruned = replace(self.candidate, module=module)
             with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
                 models = {
                     "whole": self._ship(self.candidate, Path(folder) / "whole.onnx"),
                     "pruned": self._ship(pruned, Path(folder) / "pruned.onnx"),
                 }
-                latency = _batch_one(models, self.times.threads)["pruned"]
-            self._built[key] = whole.measured_ms / latency.ratio
-            self.keep()
-        return self._built[key]
+                self._speedups[key] = _batch_one(models, self.times.threads)["pruned"].ratio
+            self._keep()
+        return self._speedups[key]
 
     @property
     def model(self) -> LatencyModel:
         """The whole model's latency, profiled on first use or read from the record."""
+        self._read()
+        if self._profile is None:
+            self._profile = self._measured()
         if self._model is None:
             shapes = layer_shapes(self.candidate.module, example_input(self.candidate, batch=2))
-            known = self._read()
-            measured_ms, parts, integer = known or self._profile(shapes)
             precision = self.target.activation_dtype
             shapes = {
-                layer: replace(shape, precision=precision) if layer in integer else shape
+                layer: replace(shape, precision=precision)
+                if layer in self._profile.integer
+                else shape
                 for layer, shape in shapes.items()
             }
             widths = read_widths(self.candidate.module)
-            self._model = LatencyModel(measured_ms, parts, shapes, widths, self.times)
+            profile = self._profile
+            self._model = LatencyModel(
+                profile.measured_ms, profile.parts, shapes, widths, self.times
+            )
         return self._model
 
-    def _profile(self, layers: Iterable[str]) -> tuple[float, tuple[Part, ...], set[str]]:
+    def _measured(self) -> Profile:
         threads = self.times.threads
+        layers = layer_shapes(self.candidate.module, example_input(self.candidate, batch=2))
         with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
             model = self._ship(self.candidate, Path(folder) / "whole.onnx")
             measured_ms = _batch_one({"whole": model}, threads)["whole"].median_ms
             nodes = profile_nodes(model, threads=threads)
-            integer = set(fused_operators(model, threads).integer)
+            integer = fused_operators(model, threads).integer
             names = written_names(model, [node.name for node in nodes], threads)
-        return measured_ms, _parts(nodes, names, layers, measured_ms), integer
+        return Profile(measured_ms, _parts(nodes, names, layers, measured_ms), frozenset(integer))
 
     def _ship(self, candidate: Candidate, path: Path) -> OnnxModel:
         if self.quantized:
             candidate = calibrate(candidate, _random_samples(candidate), target=self.target)
         return export_onnx(candidate, path, name="model")
 
-    def keep(self) -> None:
-        """Write what was measured so far."""
-        if self.record is not None and self._model is not None:
-            model = self._model
-            integer = [name for name, one in model.shapes.items() if one.precision != "float32"]
-            write_json(
-                self.record,
-                {
-                    "schema": 1,
-                    "measured_ms": model.measured_ms,
-                    "parts": [asdict(part) for part in model.parts],
-                    "integer": integer,
-                    "costs": self.times.costs,
-                    "built": self._built,
+    def _keep(self) -> None:
+        """Write what was measured, before anyone decides by it."""
+        if self.record is None:
+            return
+        profile = self._profile
+        write_json(
+            self.record,
+            {
+                "schema": 1,
+                "profile": None
+                if profile is None
+                else {
+                    "measured_ms": profile.measured_ms,
+                    "parts": [asdict(part) for part in profile.parts],
+                    "integer": sorted(profile.integer),
                 },
-            )
+                "layers": self.times.costs,
+                "speedups": self._speedups,
+            },
+        )
 
-    def _read(self) -> tuple[float, tuple[Part, ...], set[str]] | None:
-        if self.record is None or not self.record.exists():
-            return None
-        known = json.loads(self.record.read_text(encoding="utf-8"))
-        self.times.costs.update(known["costs"])
-        self._built.update(known["built"])
-        parts = tuple(Part(**part) for part in known["parts"])
-        return known["measured_ms"], parts, set(known["integer"])
+    def _read(self) -> None:
+        """Take up the record, once."""
+        if self._known or self.record is None or not self.record.exists():
+            self._known = True
+            return
+        self._known = True
+        found = json.loads(self.record.read_text(encoding="utf-8"))
+        self.times.costs.update(found["layers"])
+        self._speedups.update(found["speedups"])
+        if (profile := found["profile"]) is not None:
+            parts = tuple(Part(**part) for part in profile["parts"])
+            self._profile = Profile(profile["measured_ms"], parts, frozenset(profile["integer"]))
 
 
 def _batch_one(models: Mapping[str, OnnxModel], threads: int) -> dict[str, Latency]:

@@ -6,8 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,18 @@ import numpy as np
 from deploykit.artifacts import Candidate, JsonDict, Report
 from deploykit.bundle_files import Golden, golden_files
 from deploykit.data import Dataset
-from deploykit.decisions import ptq_decision, stage_decision
+from deploykit.decisions import pays, ptq_decision, stage_decision
 from deploykit.environment import cache_folder
 from deploykit.errors import BudgetError, DataError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
+from deploykit.measure import Latency
 from deploykit.measure.layers import LayerTimes
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
 from deploykit.quantize import calibrate, calibration_rows, train_quantized
-from deploykit.recipe.sections import Recipe, TrainSection
+from deploykit.recipe.sections import Recipe, RecoverySection, TrainSection
 from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
@@ -94,16 +94,31 @@ def run_stages(
         progress=progress,
     )
     work = Work(recipe, run, dataset, training)
-    stages, reasons = _make_stages(work, start)
+    course = _make_stages(work, start)
     raise_if_stopped("measuring")
     work.say("measuring latency")
-    measured = measure_stages(stages, recipe, run, replay)
+    measured = measure_stages(course.stages, recipe, run, replay)
+    _judge_quantized(course, recipe, measured)
     decisions = [
-        stage_decision(before, after, measured, reasons.get(after.name, ""))
-        for before, after in pairwise(stages)
+        stage_decision(
+            course.origin[stage.name],
+            stage,
+            measured,
+            course.reasons.get(stage.name, ""),
+            kept=stage.name not in course.refused,
+        )
+        for stage in course.stages[1:]
     ]
-    _keep_golden(work, stages[-1])
-    report = make_report(recipe, dataset, stages, measured, decisions=decisions, commands=commands)
+    _keep_golden(work, course.final)
+    report = make_report(
+        recipe,
+        dataset,
+        course.stages,
+        measured,
+        final=course.final,
+        decisions=decisions,
+        commands=commands,
+    )
     write_report(report, run.path)
     if not report.budget["passed"]:
         failed = "; ".join(check["why"] for check in report.budget["checks"] if not check["passed"])
@@ -111,17 +126,80 @@ def run_stages(
     return report
 
 
-def _make_stages(work: Work, start: Candidate) -> tuple[list[Stage], dict[str, str]]:
-    """Return the stages in order, and what was decided within one, by its name."""
+@dataclass
+class Course:
+    """The stages of a run as they come.
+
+    Attributes:
+        stages: all that were made, in order.
+        origin: the stage that each one was made from, by its name.
+        refused: names of those that the shipped model has not gone through.
+        reasons: what was decided within a stage or about it, by its name.
+    """
+
+    stages: list[Stage]
+    origin: dict[str, Stage] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def final(self) -> Stage:
+        """The last stage that was kept."""
+        return [stage for stage in self.stages if stage.name not in self.refused][-1]
+
+    def add(self, stage: Stage) -> None:
+        """Append a stage that was made from the last one kept."""
+        self.origin[stage.name] = self.final
+        self.stages.append(stage)
+
+    def judge(self, stage: Stage, section: RecoverySection, speedup: float) -> None:
+        """Keep the last stage if it pays, or else do what its section says.
+
+        Raises:
+            BudgetError: it does not pay, and the recipe demands that it does.
+        """
+        if section.unless_it_pays == "keep" or pays(speedup, self.origin[stage.name], stage):
+            return
+        why = f"does not pay: {speedup:.2f}x the speed at batch 1 as it ships"
+        if section.unless_it_pays == "fail":
+            raise BudgetError(
+                f"{stage.name}: expected a stage that pays, got {speedup:.2f}x the speed at batch "
+                f"1; remove the section, or set {stage.name}.unless_it_pays to drop or keep"
+            )
+        self.refused.add(stage.name)
+        self.reasons[stage.name] = "; ".join(filter(None, [why, self.reasons.get(stage.name)]))
+
+
+def _make_stages(work: Work, start: Candidate) -> Course:
+    """Make every stage that the recipe names, each from the last one kept."""
     recipe: Recipe = work.recipe
-    reasons: dict[str, str] = {}
-    stages = [_proved(work, time.monotonic(), lambda: train(start, work))]
+    course = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
     if recipe.prune is not None:
-        stages.append(_proved(work, time.monotonic(), lambda: _prune(stages[0].candidate, work)))
+        latency = _latency(work, course.final.candidate)
+        before, started = course.final, time.monotonic()
+        stage = _proved(work, started, lambda: _prune(before.candidate, work, latency))
+        course.add(stage)
+        if recipe.prune.unless_it_pays != "keep":
+            removed = stage.candidate.structure.get("removed", ())
+            speedup = latency.speedup(stage.candidate.module, removed)
+            course.judge(stage, recipe.prune, speedup)
     if recipe.quantize is not None:
-        stage, reasons["quantize"] = _quantize(work, stages[-1], stages[0])
-        stages.append(stage)
-    return stages, reasons
+        stage, reason = _quantize(work, course.final, course.stages[0])
+        course.reasons["quantize"] = reason
+        course.add(stage)
+    return course
+
+
+def _judge_quantized(course: Course, recipe: Recipe, measured: Mapping[str, JsonDict]) -> None:
+    """Compare integers with the floats that they were made from, in the same rounds."""
+    stage = course.stages[-1]
+    if recipe.quantize is None or stage.name != "quantize":
+        return
+    after, before = (
+        Latency.from_json(measured[one.name]["latency"]["1"]).ratio
+        for one in (stage, course.origin[stage.name])
+    )
+    course.judge(stage, recipe.quantize, after / before)
 
 
 def _proved(work: Work, started: float, make: Callable[[], Candidate]) -> Stage:
@@ -146,20 +224,24 @@ def train(candidate: Candidate, work: Work) -> Candidate:
     return replace(candidate, module=module, notes=notes)
 
 
-def _prune(candidate: Candidate, work: Work) -> Candidate:
-    """Prune as the recipe says; a latency is measured in the precision that ships."""
-    recipe, section = work.recipe, work.recipe.prune
-    assert section is not None
-    target, latency = resolve_target(recipe.target), None
-    if section.how_much[0] in {"speedup", "latency_ms"}:
-        latency = LatencyCost(
-            candidate,
-            target,
-            quantized=recipe.quantize is not None,
-            times=LayerTimes.open(cache_folder(), recipe.threads),
-            record=work.run.latencies,
-        )
-    return prune(candidate, work.training, section, target=target, latency=latency)
+def _latency(work: Work, candidate: Candidate) -> LatencyCost:
+    """Return what measures a pruned candidate in the precision that ships."""
+    recipe = work.recipe
+    return LatencyCost(
+        candidate,
+        resolve_target(recipe.target),
+        quantized=recipe.quantize is not None,
+        times=LayerTimes.open(cache_folder(), recipe.threads),
+        record=work.run.latencies,
+    )
+
+
+def _prune(candidate: Candidate, work: Work, latency: LatencyCost) -> Candidate:
+    """Prune as the recipe says."""
+    recipe = work.recipe
+    assert recipe.prune is not None
+    target = resolve_target(recipe.target)
+    return prune(candidate, work.training, recipe.prune, target=target, latency=latency)
 
 
 def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:

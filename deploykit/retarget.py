@@ -72,8 +72,14 @@ def _float_candidate(run: RunFolder, recipe: Recipe, target: Target) -> Candidat
             f"{run.path}: expected a float candidate to calibrate for {target.name}, got a model "
             f"that was given as an object; compress it again with target={target.name!r}"
         )
-    stage = "train" if recipe.prune is None else "prune"
-    return load_candidate(run.candidate(stage), base=Path())
+    return load_candidate(run.candidate(_newest_float(run, recipe)), base=Path())
+
+
+def _newest_float(run: RunFolder, recipe: Recipe) -> str:
+    """Name the last float stage that was kept."""
+    report = run.read_json("report.json") or {}
+    refused = {one["stage"] for one in report.get("decisions", ()) if not one["kept"]}
+    return "train" if recipe.prune is None or "prune" in refused else "prune"
 
 
 def _calibration(run: RunFolder, candidate: Candidate) -> np.ndarray:

@@ -22,13 +22,14 @@ def make_report(
     stages: Sequence[Stage],
     measured: Mapping[str, JsonDict],
     *,
+    final: Stage,
     decisions: Sequence[Decision],
     commands: Sequence[str],
 ) -> Report:
-    """Draw everything together; reads the test split, for the first and the last stage only."""
-    baseline, final = stages[0], stages[-1]
+    """Draw everything together; reads the test split, for the first and the final stage only."""
+    baseline = stages[0]
     budget = check_budget(recipe.budget, baseline, final, measured)
-    records = [describe(stage, measured[stage.name]) for stage in stages]
+    records = {stage.name: describe(stage, measured[stage.name]) for stage in stages}
     test = [
         evaluate_onnx(stage.model, dataset.test, threads=recipe.threads)
         for stage in (baseline, final)
@@ -41,9 +42,9 @@ def make_report(
         target=recipe.target,
         threads=recipe.threads,
         environment=environment(),
-        stages=tuple(records),
-        baseline={**records[0], "accuracy": test[0].accuracy},
-        final={**records[-1], "accuracy": test[1].accuracy},
+        stages=tuple(records.values()),
+        baseline={**records[baseline.name], "accuracy": test[0].accuracy},
+        final={**records[final.name], "accuracy": test[1].accuracy},
         drop={
             "value": drop,
             "interval": list(interval),
@@ -51,7 +52,7 @@ def make_report(
         },
         budget=budget,
         decisions=tuple(decision.to_json() for decision in decisions),
-        details=_details(recipe, dataset, stages, measured, test, commands),
+        details=_details(recipe, dataset, stages, measured, final, test, commands),
     )
 
 
@@ -60,13 +61,14 @@ def _details(
     dataset: Dataset,
     stages: Sequence[Stage],
     measured: Mapping[str, JsonDict],
+    final: Stage,
     test: Sequence[Evaluation],
     commands: Sequence[str],
 ) -> JsonDict:
     fits = {name: fit for stage in stages for name, fit in _fits(stage)}
     pruned = [stage.candidate.notes["prune"] for stage in stages if stage.name == "prune"]
     before, after = (evaluation.class_accuracy for evaluation in test)
-    fusion = fusion_of(stages[-1], recipe.threads)
+    fusion = fusion_of(final, recipe.threads)
     details: JsonDict = {
         "curves": {name: fit["history"] for name, fit in fits.items()},
         "trained": {name: fit["trained"] for name, fit in fits.items()},
@@ -81,9 +83,9 @@ def _details(
             for label, one, other in zip(dataset.classes, before, after, strict=True)
         ],
         "parity": {stage.name: stage.parity.to_json() for stage in stages},
-        "model": _shipped(stages[-1], recipe),
+        "model": _shipped(final, recipe),
         "input": dict(stages[0].candidate.notes["input"]),
-        "normalization": measured[stages[-1].name].get("normalization"),
+        "normalization": measured[final.name].get("normalization"),
         "warnings": [*dataset.warnings, *_floats(fusion)],
         "commands": list(commands),
     }

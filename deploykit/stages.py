@@ -117,11 +117,11 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         }
         for stage in stages
     }
-    final = stages[-1]
-    if final.model.signature.takes_images:
-        measured[final.name]["normalization"] = measure_normalization(
-            final.model, threads=recipe.threads
-        )
+    for stage in stages:
+        if stage.model.signature.takes_images:
+            measured[stage.name]["normalization"] = measure_normalization(
+                stage.model, threads=recipe.threads
+            )
     return measured
 
 

@@ -17,7 +17,7 @@ NORMALIZED = "normalized"  # input of the model that begins behind normalization
 
 
 def measure_normalization(
-    model: OnnxModel, *, threads: int, seconds_per_model: float = 3.0, precision: float = 0.005
+    model: OnnxModel, *, threads: int, seconds_per_model: float = 1.0, precision: float = 0.005
 ) -> JsonDict | None:
     """Return the share of a model's latency at batch 1 that normalization takes.
 

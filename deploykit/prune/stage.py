@@ -73,6 +73,8 @@ def prune(
     """
     from deploykit.train import distillation, fit, recovery_plan
 
+    if section.how_much[0] in {"speedup", "latency_ms"} and latency is None:
+        raise ValueError(f"prune.{section.how_much[0]} needs a latency to hold to its bound")
     plan = recovery_plan(training.plan, section)
     loss = distillation(candidate.module, training, plan) if section.distill else None
     course = _Course(candidate.module)
@@ -80,7 +82,8 @@ def prune(
         if section.how_much[0] == "channel_ratio":
             _by_ratio(course, candidate, training, section, target, step / section.steps)
         else:
-            cost = latency or MacsCost.of(candidate.module, example_input(candidate, batch=2))
+            macs = MacsCost.of(candidate.module, example_input(candidate, batch=2))
+            cost = macs if section.how_much[0] == "macs" or latency is None else latency
             _to_bound(course, candidate, training, section, target, cost, step / section.steps)
         if section.epochs:
             result = fit(course.module, training, stage=f"prune-{step}", plan=plan, loss=loss)

@@ -242,6 +242,11 @@ class RecoverySection(Section):
     lr: Positive | None = Field(None, description="peak learning rate; default: a tenth of train's")
     schedule: ScheduleSection = Field(ScheduleSection(), description="how the rate moves")
     distill: bool = Field(False, description="learn from the float model's answers as well")
+    unless_it_pays: Literal["drop", "keep", "fail"] = Field(
+        "drop",
+        description="what becomes of a stage that makes the shipped model slower at batch 1, or "
+        "neither faster nor smaller: drop it, keep it, or fail",
+    )
 
 
 class PruneSection(RecoverySection):

@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_quantized import EXAMPLE, TARGET, candidate_of, plain, settled
+from torch import nn
+
+from deploykit import latency_model
+from deploykit.latency_model import LatencyCost, LatencyModel, Part
+from deploykit.layer_shapes import layer_shapes
+from deploykit.measure.layers import LayerTimes
+from deploykit.widths import read_widths
+
+
+class Table:
+    """Layers that cost as many units as they have output channels."""
+
+    threads = 1
+
+    def __init__(self):
+        self.costs = {}
+
+    def ask(self, shapes):
+        return {shape: float(shape.outputs) for shape in shapes}
+
+
+def model_of(module, example=EXAMPLE):
+    shapes = layer_shapes(module, example)
+    parts = [Part("", 1.0, 0.0, kernel=False)]
+    for layer in shapes:
+        parts += [Part(layer, 4.0, 0.0, kernel=True), Part(layer, 2.0, 1.0, kernel=False)]
+    measured = sum(part.ms for part in parts)
+    return LatencyModel(measured, tuple(parts), shapes, read_widths(module), Table())
+
+
+def test_prediction_for_the_model_itself_is_what_was_measured():
+    model = model_of(plain())
+    assert model.predict({}) == pytest.approx(model.measured_ms)
+    assert model.predict(model.widths) == pytest.approx(model.measured_ms)
+
+
+def test_narrower_layer_takes_its_share_and_what_follows_part_of_it():
+    model = model_of(plain())
+    widths = {"c1": {**model.widths["c1"], "out_channels": 4}}
+    # Half of the kernel's 4 ms, and half of the 1 ms that is moved values.
+    assert model.measured_ms - model.predict(widths) == pytest.approx(2.0 + 0.5)
+
+
+def test_removed_module_takes_all_that_follows_its_layers():
+    net = nn.Sequential(plain(), nn.Linear(5, 5))
+    model = model_of(net)
+    assert model.predict({}, ["0"]) == pytest.approx(1.0 + 6.0)
+    assert model.predict({}, ["0.c1"]) == pytest.approx(model.measured_ms - 6.0)
+
+
+@pytest.fixture
+def cost(tmp_path):
+    candidate = candidate_of(settled(plain()))
+    return LatencyCost(
+        candidate, TARGET, quantized=True, times=LayerTimes(1), record=tmp_path / "latencies.json"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch):
+    monkeypatch.setattr(latency_model, "SECONDS", 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [True, False])
+def test_profile_gives_the_time_of_every_layer_to_it(cost, quantized):
+    cost.quantized = quantized
+    spent = cost.model.layer_ms({})
+    assert {"c1", "c2", "fc"} <= spent.keys()
+    assert all(ms > 0 for layer, ms in spent.items() if layer)
+    assert sum(spent.values()) == pytest.approx(cost.model.measured_ms)
+    precisions = {shape.precision for shape in cost.model.shapes.values()}
+    assert precisions == ({"uint8"} if quantized else {"float32"})
+
+
+@pytest.mark.slow
+def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
+    narrow = settled(plain())
+    narrow.c2 = nn.Conv2d(8, 8, 1)
+    widths = {"c1": {**cost.model.widths["c1"], "out_channels": 4}}
+    expected = cost.predict(widths), cost.measure(narrow), cost.measure(narrow, ["c1"])
+    resumed = LatencyCost(
+        cost.candidate, TARGET, quantized=True, times=LayerTimes(1), record=cost.record
+    )
+    for name in ("measure_latency", "profile_nodes"):  # would fail if they were called
+        monkeypatch.setattr(latency_model, name, None)
+    monkeypatch.setattr("deploykit.measure.layers._measure", None)
+    assert (resumed.predict(widths), resumed.measure(narrow), resumed.measure(narrow, ["c1"])) == (
+        expected
+    )
+    assert json.loads(cost.record.read_text())["schema"] == 1
+
+
+@pytest.mark.slow
+def test_smaller_model_measures_faster(cost):
+    torch.manual_seed(0)
+    whole = cost.measure(cost.candidate.module)
+    assert whole == pytest.approx(cost.model.measured_ms, rel=0.5)
+    assert np.isfinite(whole)
