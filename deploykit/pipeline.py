@@ -18,6 +18,7 @@ from deploykit.data import Dataset
 from deploykit.decisions import ptq_decision, stage_decision
 from deploykit.errors import BudgetError, DataError
 from deploykit.interrupt import raise_if_stopped
+from deploykit.precision import convert
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
@@ -125,6 +126,10 @@ def _make_stages(work: Work, start: Candidate) -> tuple[list[Stage], dict[str, s
     if recipe.quantize is not None:
         stage, reasons["quantize"] = _quantize(work, stages[-1], stages[0])
         stages.append(stage)
+    precision = recipe.precision_on(resolve_target(recipe.target))
+    if precision not in {"int8", "fp32"}:
+        before, reasons["convert"] = stages[-1].candidate, precision
+        stages.append(_proved(work, time.monotonic(), lambda: convert(before, precision)))
     return stages, reasons
 
 

@@ -27,8 +27,12 @@ from deploykit.measure import (
 )
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
+from deploykit.runtime import CPU
 from deploykit.structure import example_input
+from deploykit.targets import resolve_target, why_not_here
 from deploykit.verify import Parity, verify_onnx
+
+BATCHES = ("1", "32")  # samples a run, as keys of the measurements
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The stage's word: ``train``, ``prune`` or ``quantize``."""
+        """The stage's word: ``train``, ``prune``, ``quantize`` or ``convert``."""
         return self.candidate.stage
 
 
@@ -105,10 +109,16 @@ def measure_stages(
 
 
 def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
+    """Measure on the target; what this machine cannot take is None, never borrowed."""
+    target = resolve_target(recipe.target)
+    if why_not_here(target) is not None:
+        unknown = {"latency": dict.fromkeys(BATCHES), "peak_memory_bytes": None}
+        return {stage.name: dict(unknown) for stage in stages}
     latency = measure_latency(
         {stage.name: stage.model for stage in stages},
         threads=recipe.threads,
         baseline=stages[0].name,
+        target=target,
     )
     measured: dict[str, JsonDict] = {
         stage.name: {
@@ -118,7 +128,7 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         for stage in stages
     }
     final = stages[-1]
-    if final.model.signature.takes_images:
+    if final.model.signature.takes_images and target.providers == CPU:
         measured[final.name]["normalization"] = measure_normalization(
             final.model, threads=recipe.threads
         )
@@ -135,7 +145,7 @@ def read_measurements(path: Path) -> dict[str, JsonDict]:
         stages: dict[str, JsonDict] = json.loads(path.read_text(encoding="utf-8"))["stages"]
         for measured in stages.values():
             int(measured["peak_memory_bytes"])
-            for batch in ("1", "32"):
+            for batch in BATCHES:
                 Latency.from_json(measured["latency"][batch])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
@@ -149,17 +159,20 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
     """Return a stage's fields of ``report.json``."""
     candidate = stage.candidate
     example = example_input(candidate, batch=2)
-    latency = {batch: Latency.from_json(one) for batch, one in measured["latency"].items()}
+    latency = {
+        batch: None if one is None else Latency.from_json(one)
+        for batch, one in measured["latency"].items()
+    }
     recovery = [*candidate.notes.get("recovery", []), candidate.notes.get("fit")]
     accuracies = [fit["torch_accuracy"] for fit in recovery if fit]
     return {
         "name": stage.name,
         "validation_accuracy": stage.validation.accuracy,
         "torch_accuracy": accuracies[-1] if accuracies else None,
-        "latency_ms": {batch: one.median_ms for batch, one in latency.items()},
-        "latency_p90_ms": {batch: one.p90_ms for batch, one in latency.items()},
-        "speedup": {batch: one.ratio for batch, one in latency.items()},
-        "speedup_interval": {batch: list(one.interval) for batch, one in latency.items()},
+        "latency_ms": {batch: one and one.median_ms for batch, one in latency.items()},
+        "latency_p90_ms": {batch: one and one.p90_ms for batch, one in latency.items()},
+        "speedup": {batch: one and one.ratio for batch, one in latency.items()},
+        "speedup_interval": {batch: one and list(one.interval) for batch, one in latency.items()},
         "size_bytes": size_bytes(stage.model),
         "peak_memory_bytes": measured["peak_memory_bytes"],
         "macs": count_macs(candidate.module, example),
