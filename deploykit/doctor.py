@@ -6,7 +6,8 @@ from typing import Any
 
 from deploykit.artifacts import JsonDict
 from deploykit.environment import environment, installed_version
-from deploykit.targets import TARGETS, detect_cpu, why_not_here
+from deploykit.runtime import detect_cpu
+from deploykit.targets import TARGETS, why_not_here
 
 # Beside those that every measurement names; the last two are optional.
 PACKAGES = ("pillow", "onnxscript", "lightning-fabric", "kornia", "safetensors")

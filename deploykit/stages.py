@@ -27,9 +27,8 @@ from deploykit.measure import (
 )
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
-from deploykit.runtime import CPU
 from deploykit.structure import example_input
-from deploykit.targets import resolve_target, why_not_here
+from deploykit.targets import CPU, resolve_target, why_not_here
 from deploykit.verify import Parity, verify_onnx
 
 BATCHES = ("1", "32")  # samples a run, as keys of the measurements
@@ -128,7 +127,7 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         for stage in stages
     }
     final = stages[-1]
-    if final.model.signature.takes_images and target.providers == CPU:
+    if final.model.signature.takes_images and target.providers == (CPU,):
         measured[final.name]["normalization"] = measure_normalization(
             final.model, threads=recipe.threads
         )

@@ -5,17 +5,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from deploykit.errors import UsageError
-from deploykit.runtime import CPU, cpu_flags, detect_cpu
 
-__all__ = [
-    "TARGETS",
-    "Target",
-    "cpu_flags",
-    "detect_cpu",
-    "resolve_target",
-    "suited_targets",
-    "why_not_here",
-]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Target:
     activation_dtype: str
     weight_bits: int
     channel_multiple: int
-    providers: tuple[str, ...] = CPU
+    providers: tuple[str, ...] = (CPU,)
     symmetric: bool = False
     precision: str = "int8"
     provider_options: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +50,6 @@ class Target:
         return self.precision == "int8" and symmetric and not overflows
 
 
-CUDA = "CUDAExecutionProvider"
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
@@ -72,7 +62,7 @@ TARGETS: Mapping[str, Target] = {
             activation_dtype="int8",
             weight_bits=8,
             channel_multiple=8,  # halves in 16 bytes, as tensor cores load them
-            providers=(CUDA, *CPU),
+            providers=(CUDA, CPU),
             symmetric=True,
             precision="fp16",
         ),
@@ -81,7 +71,7 @@ TARGETS: Mapping[str, Target] = {
             activation_dtype="int8",
             weight_bits=8,
             channel_multiple=16,
-            providers=("TensorrtExecutionProvider", CUDA, *CPU),
+            providers=("TensorrtExecutionProvider", CUDA, CPU),
             symmetric=True,
             provider_options={"trt_int8_enable": "1", "trt_fp16_enable": "1"},
         ),
@@ -97,6 +87,8 @@ def resolve_target(name: str) -> Target:
     Raises:
         UsageError: there is no such target.
     """
+    from deploykit.runtime import detect_cpu
+
     known = {**TARGETS, "cpu": TARGETS[detect_cpu()]}
     if name not in known:
         raise UsageError(f"target: expected one of {', '.join(sorted(known))}, got {name!r}")
@@ -120,10 +112,12 @@ def why_not_here(target: Target) -> str | None:
 
     A GPU counts only if ONNX Runtime really opens a model on it.
     """
+    from deploykit.runtime import detect_cpu
+
     if target.name == "web":
         return "a browser runs it"
     provider = target.providers[0]
-    if provider not in CPU:
+    if provider != CPU:
         return None if _opens(provider) else f"onnxruntime cannot use its {provider}"
     here = detect_cpu()
     return None if here == target.name else f"this CPU is {here}"

@@ -305,7 +305,8 @@ def test_dump_writes_every_default_one_key_a_line_and_loads_back_equal() -> None
     recipe = parse_recipe(MINIMAL, ["train.optimizer.lr=3e-5", "prune.epochs=1"])
     text = dump_recipe(recipe)
     assert [line.split(":")[0] for line in text.splitlines()] == [
-        *("schema", "name", "seed", "task", "target", "threads", "data", "model"),
+        *("schema", "name", "seed", "task", "target", "precision", "threads"),
+        *("data", "model"),
         *("train", "prune", "quantize", "verify", "budget"),
     ]
     assert "channel_multiple: null" in text

@@ -34,6 +34,9 @@ class FromPixels(nn.Module):
         dequantize: whether pixels are the first integers.
     """
 
+    zero_points: Tensor
+    scales: Tensor
+
     def __init__(
         self, graph: nn.Module, preprocess: Mapping[str, Any], *, dequantize: bool = True
     ) -> None:
