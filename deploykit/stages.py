@@ -181,8 +181,9 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
 
 
 def fusion_of(stage: Stage, threads: int) -> JsonDict | None:
-    """Say which layers of a quantized stage run in integers; None for a float stage."""
-    if not stage.candidate.structure.get("quantization"):
+    """Say which layers of a quantized stage run in integers; None where the CPU's do not ship."""
+    quantization = stage.candidate.structure.get("quantization")
+    if not quantization or resolve_target(quantization["target"]).providers != (CPU,):
         return None
     return fused_operators(stage.model, threads).to_json()
 
