@@ -43,7 +43,7 @@ class Retargeted:
     measured: JsonDict
 
 
-def retarget(
+def make_for(
     run: RunFolder,
     recipe: Recipe,
     target: Target,

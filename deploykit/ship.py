@@ -124,10 +124,10 @@ def _made_anew(
     path: Path,
 ) -> Shipment:
     """Make the model anew for ``target``; its latency is unknown until it runs there."""
-    from deploykit.retarget import retarget
+    from deploykit.retarget import make_for
 
     golden = _golden(folder)
-    made = retarget(folder, recipe, target, precision, golden.inputs, path)
+    made = make_for(folder, recipe, target, precision, golden.inputs, path)
     session = open_session(path.read_bytes(), recipe.threads)
     unknown = {"peak_memory_bytes": None, "parity": made.parity}
     return Shipment(

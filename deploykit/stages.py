@@ -110,6 +110,7 @@ def measure_stages(
 def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
     """Measure on the target; what this machine cannot take is None, never borrowed."""
     target = resolve_target(recipe.target)
+    on_cpu = target.providers == (CPU,)
     if why_not_here(target) is not None:
         unknown = {"latency": dict.fromkeys(BATCHES), "peak_memory_bytes": None}
         return {stage.name: dict(unknown) for stage in stages}
@@ -122,12 +123,12 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
     measured: dict[str, JsonDict] = {
         stage.name: {
             "latency": {batch: one.to_json() for batch, one in latency[stage.name].items()},
-            "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads),
+            "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads) if on_cpu else None,
         }
         for stage in stages
     }
     final = stages[-1]
-    if final.model.signature.takes_images and target.providers == (CPU,):
+    if final.model.signature.takes_images and on_cpu:
         measured[final.name]["normalization"] = measure_normalization(
             final.model, threads=recipe.threads
         )

@@ -107,9 +107,8 @@ def deployable(candidate: Candidate, graph: nn.Module) -> nn.Module:
     preprocess, structure = candidate.signature.preprocess, candidate.structure
     if preprocess is None:
         return graph
-    quantization = structure.get("quantization") or {"target": "cpu"}
-    halves = structure.get("precision") == "fp16"
-    symmetric = resolve_target(quantization["target"]).symmetric
+    quantization, halves = structure.get("quantization"), structure.get("precision") == "fp16"
+    symmetric = quantization is not None and resolve_target(quantization["target"]).symmetric
     return FromPixels(graph, preprocess, dequantize=not (halves or symmetric))
 
 
