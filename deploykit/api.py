@@ -35,6 +35,7 @@ def compress(
     name: str = "model",
     seed: int = 0,
     target: str = "cpu",
+    precision: str | None = None,
     threads: int = 1,
     weights: Path | str | None = None,
     augment: Sequence[Mapping[str, Any]] = (),
@@ -61,6 +62,7 @@ def compress(
         name: of the run and its bundle.
         seed: all randomness follows from it.
         target: where the model will run.
+        precision: floats that ship, as a recipe's ``precision``.
         threads: of every latency figure.
         weights: for a model given by name.
         augment: as a recipe's ``data.augment``.
@@ -98,6 +100,7 @@ def compress(
         name=name,
         seed=seed,
         target=target,
+        precision=precision,
         threads=threads,
         augment=[dict(one) for one in augment],
     )

@@ -151,7 +151,8 @@ def write_bundle(
         task: as in the recipe.
         measured: accuracy, latency, size: whatever the manifest and the README tell.
         measured_on: the machine of the latencies; ``None`` where none were taken.
-        verified_on: where the numerics were verified.
+        verified_on: where the numerics were verified; ``targets``, those that the model is
+            right for, this one among them.
         tolerance: ``max_abs`` bounds the difference of logits; ``top1``, ``steps``, ``scale``.
         golden: samples with the answers of the model.
         force: replace a bundle that stands there.
@@ -178,7 +179,11 @@ def write_bundle(
         **model.signature.to_json(),
         "measured": dict(measured),
         "measured_on": None if measured_on is None else dict(measured_on),
-        "verified_on": {"deploykit": __version__, **verified_on},
+        "verified_on": {
+            "deploykit": __version__,
+            "cpu_target": runtime.detect_cpu(),  # where it is verified below
+            **verified_on,
+        },
         "tolerance": dict(tolerance),
     }
     contents = {runtime.MODEL: model_bytes, **golden_files(golden), runtime.RUNNER: _runner()}
@@ -215,12 +220,15 @@ def verify_bundle(path: Path) -> JsonDict:
                 altered=[runtime.RUNNER],
             )
         session = runtime.open_model(manifest, contents, manifest["threads"])
-        runtime.check_golden(manifest, contents, session)
+        runtime.judge_here(manifest, contents, session)
     return manifest
 
 
 def load_bundle(path: Path | str, threads: int | None = None) -> Bundle:
     """Open a bundle after verifying its files; what was verified is what is opened.
+
+    On another kind of CPU than the one that verified the bundle its golden samples are run too:
+    where they hold, a line on standard error may say that the bundle was not made for this CPU.
 
     Args:
         path: the bundle's folder.
@@ -228,12 +236,13 @@ def load_bundle(path: Path | str, threads: int | None = None) -> Bundle:
 
     Raises:
         BundleError: the folder is not what its manifest says.
+        VerificationError: the model gives other answers on this kind of CPU.
         MissingDependency: onnxruntime is too old for the model.
     """
     with told_as_deploykit():
         manifest, contents = runtime.read_bundle(Path(path))
         threads = threads or manifest["threads"]
-        return Bundle(manifest, runtime.open_model(manifest, contents, threads))
+        return Bundle(manifest, runtime.open_bundle(manifest, contents, threads))
 
 
 @contextmanager

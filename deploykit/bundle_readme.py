@@ -59,7 +59,7 @@ def readme(manifest: Mapping[str, Any], files: Sequence[str]) -> str:
         measured=_table(manifest["measured"]) or "Nothing was measured.",
         measured_on=_machine("Latencies were measured on", manifest["measured_on"])
         or "No latency was taken on the target.",
-        verified_on=_machine("Numerics were verified on", manifest["verified_on"]),
+        verified_on=_verified(manifest["verified_on"]),
         files="\n".join(f"- `{file}`" for file in sorted([*files, "README.md", "manifest.json"])),
     )
 
@@ -109,6 +109,18 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         else:
             told = f"{value:.6g}" if isinstance(value, float) else str(value)
             yield f"{prefix}{key}", "not measured" if value is None else told
+
+
+def _verified(found: Mapping[str, Any]) -> str:
+    machine = {key: value for key, value in found.items() if key != "targets"}
+    told = _machine("Numerics were verified on", machine)
+    names = ", ".join(f"`{_plain(name)}`" for name in found.get("targets", ()))
+    if not names:
+        return told
+    return (
+        f"The model is right for {names}. On another kind of CPU than the one below, `run.py` "
+        f"tries the golden samples before it answers.\n\n{told}"
+    )
 
 
 def _machine(sentence: str, values: Mapping[str, Any] | None) -> str:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from deploykit.artifacts import Candidate
 from deploykit.data import Dataset
 from deploykit.data.pixels import normalize
-from deploykit.job import read_data
+from deploykit.job import check_speed_can_be_judged, read_data
 from deploykit.recipe.sections import Recipe, RecoverySection
 from deploykit.start import initial_candidate
 from deploykit.targets import resolve_target
@@ -33,6 +33,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     Raises:
         DeploykitError: whatever the run itself would raise before it trains.
     """
+    check_speed_can_be_judged(recipe, replayed=False)
     target = resolve_target(recipe.target)
     dataset = read_data(recipe)
     candidate = initial_candidate(recipe, dataset, None)

@@ -77,6 +77,8 @@ def stage_decision(
     """
     faster = []
     for batch, one in measured[after.name]["latency"].items():
+        if one is None:
+            continue  # the target is elsewhere
         ratio = Latency.from_json(one).ratio
         ratio /= Latency.from_json(measured[before.name]["latency"][batch]).ratio
         faster.append(f"{ratio:.2f}x at batch {batch}")
@@ -85,7 +87,8 @@ def stage_decision(
     return Decision(
         after.name,
         kept=kept,
-        why=f"{reason}{'; ' if reason else ''}against {before.name}: speed {', '.join(faster)}; "
+        why=f"{reason}{'; ' if reason else ''}against {before.name}: "
+        f"speed {', '.join(faster) or 'unknown, this machine is not the target'}; "
         f"{smaller:.2f}x smaller; validation accuracy {-drop:+.2%} "
         f"(95%: {-high:+.2%} to {-low:+.2%})",
     )

@@ -6,7 +6,8 @@ from typing import Any
 
 from deploykit.artifacts import JsonDict
 from deploykit.environment import environment, installed_version
-from deploykit.targets import detect_cpu
+from deploykit.runtime import detect_cpu
+from deploykit.targets import TARGETS, why_not_here
 
 # Beside those that every measurement names; the last two are optional.
 PACKAGES = ("pillow", "onnxscript", "lightning-fabric", "kornia", "safetensors")
@@ -18,7 +19,9 @@ def doctor() -> JsonDict:
 
     Returns:
         What `deploykit.environment.environment` tells, with the versions of more packages, and
-        ``target``, ``providers``, ``gpus``; what cannot be found out is ``None`` or empty.
+        ``target`` (this machine's CPU), ``targets`` (each with None where this machine runs it
+        natively, else what is missing), ``providers``, ``gpus``; what cannot be found out is
+        ``None`` or empty.
     """
     machine = environment()
     others = {package: installed_version(package) for package in PACKAGES + OPTIONAL}
@@ -26,6 +29,7 @@ def doctor() -> JsonDict:
         **machine,
         "versions": {**machine["versions"], **others},
         "target": detect_cpu(),
+        "targets": {name: why_not_here(target) for name, target in TARGETS.items()},
         "providers": _providers(),
         "gpus": _gpus(),
     }
@@ -41,6 +45,7 @@ def render(found: Mapping[str, Any]) -> str:
         "memory": "unknown" if memory is None else f"{memory / 2**30:.1f} GiB",
         "features": " ".join(found["features"]) or "none known",
         "target": found["target"],
+        **{f"target {name}": why or "runs natively" for name, why in found["targets"].items()},
         "providers": ", ".join(found["providers"]) or "none: pip install onnxruntime",
         "gpus": "; ".join(found["gpus"]) or "none found",
         "python": found["python"],

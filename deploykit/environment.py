@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from deploykit.artifacts import JsonDict
-from deploykit.targets import cpu_flags
+from deploykit.runtime import cpu_flags
 
 # These decide which kernels ONNX Runtime takes for integers and for half precision.
 X86_FEATURES = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")

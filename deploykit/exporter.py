@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate, OnnxModel
 from deploykit.errors import ExportError, ModelError
+from deploykit.precision import convert_floats, precision_of
 from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
 from deploykit.quantization.graphs import quiet
@@ -29,7 +30,8 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     """Write ``candidate`` as one ONNX file with a dynamic batch.
 
-    A quantized candidate is written with int8 weights and quantize/dequantize pairs (QDQ).
+    A quantized candidate is written with int8 weights and quantize/dequantize pairs (QDQ), one
+    of another precision of floats as `deploykit.precision` says.
     Equal candidates give equal bytes, wherever they are written.
 
     Args:
@@ -44,8 +46,9 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     check_finite(candidate)
     graph = candidate_graph(candidate)
     proto = _to_onnx(candidate, graph)
-    _strip(proto)
     _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
+    proto = convert_floats(proto, precision_of(candidate))
+    _strip(proto)
     proto.graph.name = name
     proto.producer_name, proto.producer_version = "deploykit", ""
     proto.domain, proto.model_version = "", 1

@@ -37,6 +37,9 @@ def result_lines(report: Mapping[str, Any]) -> Iterator[str]:
     )
     for batch, before in baseline["latency_ms"].items():
         after = final["latency_ms"][batch]
+        if after is None:
+            yield f"latency at batch {batch}: not measured on the target"
+            continue
         yield (
             f"latency at batch {batch}: {before:.3f} -> {after:.3f} ms, "
             f"{final['speedup'][batch]:.2f}x faster ({report['threads']} threads)"
@@ -49,7 +52,7 @@ def _run_lines(run: RunFolder) -> Iterator[str]:
     recipe, report = run.recipe(), run.read_json("report.json")
     yield f"run: {recipe.name}, seed {recipe.seed}, target {recipe.target}"
     yield f"model: {recipe.model.name}; data: {recipe.data.source}"
-    done = [name for name in ("train", "prune", "quantize") if run.onnx(name).exists()]
+    done = [name for name in ("train", "prune", "quantize", "convert") if run.onnx(name).exists()]
     if report is None:
         yield f"unfinished; stages done: {', '.join(done) or 'none'}; --resume continues it"
         return

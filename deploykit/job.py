@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.artifacts import JsonDict
-from deploykit.errors import RecipeError, UsageError
+from deploykit.errors import BudgetError, RecipeError, UsageError
 from deploykit.interrupt import stop_on_signals
 from deploykit.progress import LoggedProgress, Progress, SilentProgress
 from deploykit.publish import lock_folder, refuse_existing, told_as_usage
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder, check_same_recipe
-from deploykit.targets import resolve_target
+from deploykit.targets import CPU, resolve_target, why_not_here
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ def run_recipe(
         DeploykitError: see `deploykit.errors`.
     """
     run, resuming = RunFolder(out), resume and (out / "recipe.yaml").is_file()
-    resolve_target(recipe.target)
+    check_speed_can_be_judged(recipe, replayed=replay is not None)
     _check_replay(recipe, replay)
     if resuming:
         check_same_recipe(run, recipe)
@@ -106,10 +106,43 @@ def read_data(recipe: Recipe) -> Dataset:
     return load_dataset(recipe.data, task=recipe.task, seed=recipe.seed, base=Path())
 
 
+def check_speed_can_be_judged(recipe: Recipe, *, replayed: bool) -> None:
+    """Refuse a speed that this machine cannot measure before hours of work go into it.
+
+    Args:
+        recipe: its target and its budget count.
+        replayed: whether the latencies come from elsewhere.
+
+    Raises:
+        UsageError: there is no such target.
+        BudgetError: the recipe demands a speed-up on a target that this machine is not.
+    """
+    target, budget, prune = resolve_target(recipe.target), recipe.budget, recipe.prune
+    why = why_not_here(target)
+    if prune is not None and prune.how_much[0] in {"speedup", "latency_ms"}:
+        key = prune.how_much[0]
+        why = why or (None if target.providers == (CPU,) else "only CPUs can be profiled")
+        if why is not None:
+            raise BudgetError(
+                f"prune.{key}: expected a machine that is {target.name}, got another: {why}; run "
+                "compress there, or ask for prune.macs or prune.channel_ratio"
+            )
+    if replayed or budget is None or budget.min_speedup is None:
+        return
+    if why is not None:
+        raise BudgetError(
+            f"budget.min_speedup: expected a machine that is {target.name}, got another: {why}; "
+            "run compress there, give its measurements.json with --latency-table, or "
+            "--set budget.min_speedup=null"
+        )
+
+
 def _check_replay(recipe: Recipe, replay: Mapping[str, JsonDict] | None) -> None:
     """Refuse measurements that lack a stage before any work is done."""
     named = {"prune": recipe.prune, "quantize": recipe.quantize}
     stages = ["train", *(name for name, section in named.items() if section is not None)]
+    if recipe.precision_on(resolve_target(recipe.target)) not in {"int8", "fp32"}:
+        stages.append("convert")
     missing = [name for name in stages if replay is not None and name not in replay]
     if missing:
         raise UsageError(

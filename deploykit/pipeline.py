@@ -21,6 +21,7 @@ from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
 from deploykit.measure.layers import LayerTimes
+from deploykit.precision import convert
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
@@ -31,7 +32,7 @@ from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
 from deploykit.runtime import open_session, run_model
 from deploykit.stages import Stage, measure_stages, prove
-from deploykit.targets import resolve_target
+from deploykit.targets import resolve_target, why_not_here
 from deploykit.train import Training, fit
 
 GOLDEN_SAMPLES = 16
@@ -179,7 +180,7 @@ def _make_stages(work: Work, start: Candidate) -> Course:
         before, started = course.final, time.monotonic()
         stage = _proved(work, started, lambda: _prune(before.candidate, work, latency))
         course.add(stage)
-        if recipe.prune.unless_it_pays != "keep":
+        if recipe.prune.unless_it_pays != "keep" and why_not_here(latency.target) is None:
             removed = stage.candidate.structure.get("removed", ())
             speedup = latency.speedup(stage.candidate.module, removed)
             course.judge(stage, recipe.prune, speedup)
@@ -187,13 +188,18 @@ def _make_stages(work: Work, start: Candidate) -> Course:
         stage, reason = _quantize(work, course.final, course.stages[0])
         course.reasons["quantize"] = reason
         course.add(stage)
+    precision = recipe.precision_on(resolve_target(recipe.target))
+    if precision not in {"int8", "fp32"}:
+        whole = course.final.candidate
+        course.add(_proved(work, time.monotonic(), lambda: convert(whole, precision)))
+        course.reasons["convert"] = precision
     return course
 
 
 def _judge_quantized(course: Course, recipe: Recipe, measured: Mapping[str, JsonDict]) -> None:
     """Compare integers with the floats that they were made from, in the same rounds."""
     stage = course.stages[-1]
-    if recipe.quantize is None or stage.name != "quantize":
+    if recipe.quantize is None or measured[stage.name]["latency"]["1"] is None:
         return
     after, before = (
         Latency.from_json(measured[one.name]["latency"]["1"]).ratio

@@ -1,4 +1,4 @@
-"""The model of a finished run, with the integers of another target."""
+"""The model of a finished run, with the integers or the floats of another target."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from deploykit.errors import BudgetError, DeploykitError, ModelError, Verificati
 from deploykit.exporter import export_onnx
 from deploykit.job import read_data
 from deploykit.measure import evaluate_onnx, size_bytes
+from deploykit.precision import convert
 from deploykit.quantize import calibrate
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
@@ -27,12 +28,12 @@ from deploykit.verify import verify_onnx
 
 
 @dataclass(frozen=True)
-class Recalibrated:
+class Retargeted:
     """A model made anew, and what is known of it.
 
     Attributes:
         model: its file.
-        parity: ONNX Runtime against torch on the calibration samples.
+        parity: ONNX Runtime against torch.
         measured: what differs from the run's measurements: accuracies, None where the data
             could not be read again, and the size.
     """
@@ -42,13 +43,23 @@ class Recalibrated:
     measured: JsonDict
 
 
-def recalibrate(run: RunFolder, recipe: Recipe, target: Target, path: Path) -> Recalibrated:
-    """Quantize the run's newest float candidate for ``target``, and verify what comes out.
+def make_for(
+    run: RunFolder,
+    recipe: Recipe,
+    target: Target,
+    precision: str,
+    golden_inputs: np.ndarray,
+    path: Path,
+) -> Retargeted:
+    """Quantize or convert the run's newest float candidate, and verify what comes out.
 
     Args:
         run: a finished one.
         recipe: the run's.
-        target: of another integer scheme than the run's.
+        target: of another integer scheme than the run's, or of another precision.
+        precision: what the model shall compute in: ``int8``, ``fp32``, ``fp16`` or ``bf16``.
+        golden_inputs: samples that prove a model of floats; one of integers is proven on those
+            that calibrate it.
         path: the ONNX file to write.
 
     Raises:
@@ -57,19 +68,23 @@ def recalibrate(run: RunFolder, recipe: Recipe, target: Target, path: Path) -> R
         ModelError: the run's files are damaged.
     """
     source = _float_candidate(run, recipe, target)
-    samples = _calibration(run, source)
-    candidate = calibrate(source, samples, target=target)
+    if precision == "int8":
+        samples = _calibration(run, source)
+        candidate = calibrate(source, samples, target=target)
+    else:
+        samples = golden_inputs
+        candidate = convert(source, precision)
     model = export_onnx(candidate, path, name=recipe.name)
-    first = np.array(samples[: recipe.verify.samples])
-    parity = verify_onnx(candidate, model, _split(first), recipe.verify, threads=recipe.threads)
+    held = _split(np.array(samples[: recipe.verify.samples]))
+    parity = verify_onnx(candidate, model, held, recipe.verify, threads=recipe.threads)
     accuracies = _accuracies(run, recipe, model, target)
-    return Recalibrated(model, parity.to_json(), {**accuracies, "size_bytes": size_bytes(model)})
+    return Retargeted(model, parity.to_json(), {**accuracies, "size_bytes": size_bytes(model)})
 
 
 def _float_candidate(run: RunFolder, recipe: Recipe, target: Target) -> Candidate:
     if recipe.model.name.startswith("python:"):
         raise VerificationError(
-            f"{run.path}: expected a float candidate to calibrate for {target.name}, got a model "
+            f"{run.path}: expected a float candidate to make a model for {target.name}, got one "
             f"that was given as an object; compress it again with target={target.name!r}"
         )
     return load_candidate(run.candidate(_newest_float(run, recipe)), base=Path())
@@ -126,8 +141,8 @@ def _accuracies(run: RunFolder, recipe: Recipe, model: OnnxModel, target: Target
     lost, _, _ = drop(dataset.validation)
     if allowed is not None and lost > allowed:
         raise BudgetError(
-            f"budget: expected a validation drop of at most {allowed:.2%}, got {lost:.2%} after "
-            f"calibration for {target.name}; run compress with --set target={target.name}"
+            f"budget: expected a validation drop of at most {allowed:.2%}, got {lost:.2%} when "
+            f"made for {target.name}; run compress with --set target={target.name}"
         )
     value, interval, accuracy = drop(dataset.test)
     return {"accuracy": accuracy, "accuracy_drop": value, "accuracy_drop_interval": list(interval)}

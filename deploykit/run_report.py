@@ -10,6 +10,7 @@ from deploykit.data import Dataset
 from deploykit.decisions import Decision, check_budget, validation_drop
 from deploykit.environment import environment
 from deploykit.measure import Evaluation, evaluate_onnx
+from deploykit.precision import precision_of
 from deploykit.recipe.sections import Recipe
 from deploykit.stages import Stage, describe, fusion_of
 from deploykit.statistics import paired_drop
@@ -120,6 +121,7 @@ def _shipped(final: Stage, recipe: Recipe) -> JsonDict:
         "opset": final.model.opset,
         "target": resolve_target(recipe.target).name,
         "quantized": bool(quantization),
+        "precision": precision_of(final.candidate),
         "mode": quantization.get("mode"),
     }
 

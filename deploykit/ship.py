@@ -20,7 +20,7 @@ from deploykit.publish import refuse_existing
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.runtime import open_session, run_model
-from deploykit.targets import Target, resolve_target
+from deploykit.targets import Target, resolve_target, suited_targets
 
 # A golden answer may differ by this many steps of the output on another CPU of the target.
 GOLDEN_STEPS = 2.0
@@ -43,8 +43,8 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
     """Write the bundle of a finished run.
 
     The model is the file that the run measured, found by its hash. Only for a target that
-    computes integers otherwise is it made anew, from the float candidate and the stored
-    calibration samples.
+    computes integers otherwise, or ships another precision, is it made anew: from the newest
+    float candidate, and for integers from the stored calibration samples.
 
     Args:
         run: the folder that ``compress`` wrote.
@@ -64,14 +64,22 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
     refuse_existing(out, force)
     folder = RunFolder(run)
     recipe, report = folder.recipe(), _finished(folder)
-    made_for = resolve_target(report["details"]["model"]["target"])
+    shipped = report["details"]["model"]
+    made_for = resolve_target(shipped["target"])
     wanted = made_for if target is None else resolve_target(target)
-    quantized = report["details"]["model"]["quantized"]
+    # Where the recipe asks for the same, what the run found to pay is what ships.
+    precision = recipe.precision_on(wanted)
+    if precision == recipe.precision_on(made_for):
+        precision = shipped["precision"]
+    fits = precision == shipped["precision"] and (
+        precision != "int8" or wanted.scheme == made_for.scheme
+    )
     with TemporaryDirectory(prefix="deploykit-") as scratch:
-        if quantized and _scheme(wanted) != _scheme(made_for):
-            shipment = _recalibrated(folder, recipe, report, wanted, Path(scratch) / "model.onnx")
-        else:
+        if fits:
             shipment = _as_measured(folder, report, here=wanted == made_for)
+        else:
+            path = Path(scratch) / "model.onnx"
+            shipment = _made_anew(folder, recipe, report, wanted, precision, path)
         return write_bundle(
             shipment.model,
             out,
@@ -82,7 +90,7 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
             task=recipe.task,
             measured=shipment.measured,
             measured_on=shipment.measured_on,
-            verified_on=shipment.verified_on,
+            verified_on={**shipment.verified_on, "targets": suited_targets(precision, wanted)},
             tolerance=_tolerance(shipment.parity),
             golden=shipment.golden,
             force=force,
@@ -92,28 +100,34 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
 def _as_measured(folder: RunFolder, report: JsonDict, *, here: bool) -> Shipment:
     """Take the very file that the run measured; ``here`` says whether on the target."""
     final, shipped = report["final"]["name"], report["details"]["model"]
+    timed = here and any(report["final"]["latency_ms"].values())
     model = OnnxModel(
         folder.onnx(final), Signature.from_json(shipped["signature"]), shipped["opset"]
     )
     _check_hash(model, shipped["sha256"])
     return Shipment(
         model,
-        measured=_measured(report, latencies=here),
-        measured_on=report["environment"] if here else None,
+        measured=_measured(report, latencies=timed),
+        measured_on=report["environment"] if timed else None,
         verified_on=report["environment"],
         parity=report["details"]["parity"][final],
         golden=_golden(folder),
     )
 
 
-def _recalibrated(
-    folder: RunFolder, recipe: Recipe, report: JsonDict, target: Target, path: Path
+def _made_anew(
+    folder: RunFolder,
+    recipe: Recipe,
+    report: JsonDict,
+    target: Target,
+    precision: str,
+    path: Path,
 ) -> Shipment:
     """Make the model anew for ``target``; its latency is unknown until it runs there."""
-    from deploykit.retarget import recalibrate
+    from deploykit.retarget import make_for
 
-    made = recalibrate(folder, recipe, target, path)
     golden = _golden(folder)
+    made = make_for(folder, recipe, target, precision, golden.inputs, path)
     session = open_session(path.read_bytes(), recipe.threads)
     unknown = {"peak_memory_bytes": None, "parity": made.parity}
     return Shipment(
@@ -143,11 +157,6 @@ def _finished(folder: RunFolder) -> JsonDict:
         why = "; ".join(one["why"] for one in report["budget"]["checks"] if not one["passed"])
         raise BudgetError(f"{folder.path}: its budget does not hold: {why}; mend the recipe")
     return report
-
-
-def _scheme(target: Target) -> tuple[str, int]:
-    """Return what decides which answers integers give."""
-    return target.activation_dtype, target.weight_bits
 
 
 def _check_hash(model: OnnxModel, sha256: str) -> None:

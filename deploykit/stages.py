@@ -28,7 +28,10 @@ from deploykit.measure import (
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.structure import example_input
+from deploykit.targets import CPU, resolve_target, why_not_here
 from deploykit.verify import Parity, verify_onnx
+
+BATCHES = ("1", "32")  # samples a run, as keys of the measurements
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The stage's word: ``train``, ``prune`` or ``quantize``."""
+        """The stage's word: ``train``, ``prune``, ``quantize`` or ``convert``."""
         return self.candidate.stage
 
 
@@ -105,20 +108,27 @@ def measure_stages(
 
 
 def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
+    """Measure on the target; what this machine cannot take is None, never borrowed."""
+    target = resolve_target(recipe.target)
+    on_cpu = target.providers == (CPU,)
+    if why_not_here(target) is not None:
+        unknown = {"latency": dict.fromkeys(BATCHES), "peak_memory_bytes": None}
+        return {stage.name: dict(unknown) for stage in stages}
     latency = measure_latency(
         {stage.name: stage.model for stage in stages},
         threads=recipe.threads,
         baseline=stages[0].name,
+        target=target,
     )
     measured: dict[str, JsonDict] = {
         stage.name: {
             "latency": {batch: one.to_json() for batch, one in latency[stage.name].items()},
-            "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads),
+            "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads) if on_cpu else None,
         }
         for stage in stages
     }
     for stage in stages:
-        if stage.model.signature.takes_images:
+        if stage.model.signature.takes_images and on_cpu:
             measured[stage.name]["normalization"] = measure_normalization(
                 stage.model, threads=recipe.threads
             )
@@ -135,7 +145,7 @@ def read_measurements(path: Path) -> dict[str, JsonDict]:
         stages: dict[str, JsonDict] = json.loads(path.read_text(encoding="utf-8"))["stages"]
         for measured in stages.values():
             int(measured["peak_memory_bytes"])
-            for batch in ("1", "32"):
+            for batch in BATCHES:
                 Latency.from_json(measured["latency"][batch])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
@@ -149,17 +159,20 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
     """Return a stage's fields of ``report.json``."""
     candidate = stage.candidate
     example = example_input(candidate, batch=2)
-    latency = {batch: Latency.from_json(one) for batch, one in measured["latency"].items()}
+    latency = {
+        batch: None if one is None else Latency.from_json(one)
+        for batch, one in measured["latency"].items()
+    }
     recovery = [*candidate.notes.get("recovery", []), candidate.notes.get("fit")]
     accuracies = [fit["torch_accuracy"] for fit in recovery if fit]
     return {
         "name": stage.name,
         "validation_accuracy": stage.validation.accuracy,
         "torch_accuracy": accuracies[-1] if accuracies else None,
-        "latency_ms": {batch: one.median_ms for batch, one in latency.items()},
-        "latency_p90_ms": {batch: one.p90_ms for batch, one in latency.items()},
-        "speedup": {batch: one.ratio for batch, one in latency.items()},
-        "speedup_interval": {batch: list(one.interval) for batch, one in latency.items()},
+        "latency_ms": {batch: one and one.median_ms for batch, one in latency.items()},
+        "latency_p90_ms": {batch: one and one.p90_ms for batch, one in latency.items()},
+        "speedup": {batch: one and one.ratio for batch, one in latency.items()},
+        "speedup_interval": {batch: one and list(one.interval) for batch, one in latency.items()},
         "size_bytes": size_bytes(stage.model),
         "peak_memory_bytes": measured["peak_memory_bytes"],
         "macs": count_macs(candidate.module, example),
@@ -169,8 +182,9 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
 
 
 def fusion_of(stage: Stage, threads: int) -> JsonDict | None:
-    """Say which layers of a quantized stage run in integers; None for a float stage."""
-    if not stage.candidate.structure.get("quantization"):
+    """Say which layers of a quantized stage run in integers; None where the CPU's do not ship."""
+    quantization = stage.candidate.structure.get("quantization")
+    if not quantization or resolve_target(quantization["target"]).providers != (CPU,):
         return None
     return fused_operators(stage.model, threads).to_json()
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from deploykit import runtime
 from deploykit.artifacts import Candidate, JsonDict, OnnxModel
 from deploykit.errors import VerificationError
+from deploykit.precision import EXACTNESS, Exactness, HalfArithmetic, precision_of
 from deploykit.quantization.deployable import candidate_graph, deployable
 from deploykit.quantization.rules import NORM, kernels, module_of
 from deploykit.recipe.sections import VerifySection
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from deploykit.data.dataset import Split
 
 BATCH_SIZES = (1, 2, 7, 64)
-# Float models are held to a quarter of the step that an 8-bit output of their range would have.
-FLOAT_STEPS = 0.25
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
@@ -64,8 +63,8 @@ def verify_onnx(
     Raises:
         VerificationError: they disagree; names the first layer that diverges.
     """
-    graph = candidate_graph(candidate)
-    reference = deployable(candidate, graph)
+    graph, precision = candidate_graph(candidate), precision_of(candidate)
+    reference = deployable(candidate, HalfArithmetic(graph) if precision == "fp16" else graph)
     expected, answered = [], []
     try:
         session = runtime.open_session(model.path.read_bytes(), threads, runtime.CPU)
@@ -76,15 +75,19 @@ def verify_onnx(
             answered.append(runtime.run_model(session, inputs))
     except runtime.RunnerError as error:
         raise VerificationError(f"{candidate.stage}: {error}; export the model anew") from error
-    parity = _compare(np.concatenate(expected), np.concatenate(answered), graph, section)
+    exactness = EXACTNESS[precision]
+    parity = _compare(np.concatenate(expected), np.concatenate(answered), graph, section, exactness)
     # Written so that a comparison with NaN fails.
     if not (parity.agreement >= section.min_agreement and parity.max_steps <= parity.allowed_steps):
-        layer = first_divergence(candidate, graph, model, split, threads=threads)
+        layer = first_divergence(
+            candidate, graph, model, split, threads=threads, relative=exactness.relative
+        )
         raise VerificationError(
             f"{candidate.stage}: expected ONNX Runtime to agree with torch on at least "
             f"{section.min_agreement:.1%} of {parity.samples} samples within "
             f"{parity.allowed_steps:g} steps, got {parity.agreement:.1%} and "
-            f"{parity.max_steps:.1f} steps; the first layer that diverges is {layer}",
+            f"{parity.max_steps:.1f} steps{exactness.remedy}; "
+            f"the first layer that diverges is {layer}",
             report={**parity.to_json(), "layer": layer},
         )
     return parity
@@ -106,11 +109,13 @@ def _compare(
     answered: np.ndarray,
     graph: GraphModule,
     section: VerifySection,
+    exactness: Exactness,
 ) -> Parity:
     integer_scale, allowed = _output_scale(graph), section.max_steps
-    scale = integer_scale or max(float(np.ptp(expected)) / 255, float(np.finfo(np.float32).tiny))
+    numbers = np.where(np.isfinite(expected), expected, 0)  # fp16 can overflow
+    scale = integer_scale or max(float(np.ptp(numbers)) / 255, float(np.finfo(np.float32).tiny))
     if integer_scale is None:
-        allowed = min(allowed, FLOAT_STEPS)
+        allowed = min(allowed, exactness.steps)
     difference = float(np.abs(expected - answered).max())
     return Parity(
         samples=len(expected),
@@ -133,7 +138,13 @@ def _output_scale(graph: GraphModule) -> float | None:
 
 
 def first_divergence(
-    candidate: Candidate, graph: GraphModule, model: OnnxModel, split: Split, *, threads: int
+    candidate: Candidate,
+    graph: GraphModule,
+    model: OnnxModel,
+    split: Split,
+    *,
+    threads: int,
+    relative: float = EXACTNESS["fp32"].relative,
 ) -> str:
     """Name the first layer whose values differ, most of them by more than rounding.
 
@@ -149,7 +160,7 @@ def first_divergence(
         if expected.shape != answered.shape:
             return name
         difference = np.abs(expected.astype(np.float64) - answered.astype(np.float64))
-        allowed = 2 if expected.dtype.kind in "iu" else 1e-3 * (np.abs(expected).max() + 1e-6)
+        allowed = 2 if expected.dtype.kind in "iu" else relative * (np.abs(expected).max() + 1e-6)
         if difference.max() > allowed:
             return name
     return "none of the inner ones: only the output differs"

@@ -721,3 +721,20 @@ def test_runner_needs_only_numpy_onnxruntime_and_pillow(bare_python, tiny, array
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout)[0]["file"] == sample
+
+
+# another kind of CPU
+
+
+def test_loading_on_another_cpu_is_judged_by_the_golden_samples(tmp_path, monkeypatch, capsys):
+    bundle = make_bundle(tmp_path, verified_on={"targets": ["cpu-x86-avx2"]})
+    capsys.readouterr()
+    monkeypatch.setattr(runtime, "detect_cpu", lambda: "cpu-arm64")
+    load_bundle(bundle)
+    verify_bundle(bundle)
+    assert capsys.readouterr().err.count("this CPU is cpu-arm64; the golden samples hold") == 2
+    true_run = runtime.run_model
+    monkeypatch.setattr(runtime, "run_model", lambda *given: true_run(*given) + 1.0)
+    for read in (load_bundle, verify_bundle):
+        with pytest.raises(VerificationError, match="export it with --target cpu-arm64"):
+            read(bundle)

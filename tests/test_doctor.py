@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,9 @@ from deploykit.targets import TARGETS
 def test_doctor_answers_in_json_with_a_known_target():
     found = json.loads(json.dumps(doctor()))
     assert found["target"] in TARGETS
+    assert found["targets"].keys() == TARGETS.keys()
+    assert found["targets"][found["target"]] is None
+    assert found["targets"]["web"]
     assert found["cores"] >= 1
     assert "CPUExecutionProvider" in found["providers"]
     assert found["versions"]["numpy"]
@@ -26,10 +30,19 @@ def test_rendering_names_target_and_versions():
 
 def test_rendering_holds_where_nothing_is_known():
     machine = {"cpu": None, "features": [], "cores": 1, "memory_bytes": None, "python": "3.11"}
-    offers = {"target": "cpu-arm64", "providers": [], "gpus": [], "versions": {"torch": None}}
+    targets = {"cpu-arm64": None, "cuda": "no GPU"}
+    offers = {
+        "target": "cpu-arm64",
+        "targets": targets,
+        "providers": [],
+        "gpus": [],
+        "versions": {"torch": None},
+    }
     text = render({**machine, **offers, "os": "x", "machine": "y"})
     assert "none: pip install onnxruntime" in text
     assert "not installed" in text
+    assert re.search(r"target cpu-arm64 +runs natively\n", text)
+    assert re.search(r"target cuda +no GPU\n", text)
 
 
 def test_doctor_tells_what_every_measurement_tells():

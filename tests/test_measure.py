@@ -1,6 +1,6 @@
 import gc
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,6 +29,7 @@ from deploykit.measure import (
 from deploykit.measure.normalization import without_normalization
 from deploykit.measure.session import example_feed, open_model
 from deploykit.quantize import calibrate
+from deploykit.targets import TARGETS
 
 
 def save_linear(path, weight, repeats=1):
@@ -132,7 +133,7 @@ def test_a_missing_or_damaged_model_is_named(identity):
 
 def test_a_provider_that_is_not_installed_is_named(identity):
     with pytest.raises(MissingDependency, match="NoSuchExecutionProvider"):
-        open_model(identity, 1, ("NoSuchExecutionProvider",))
+        open_model(identity, 1, replace(TARGETS["cuda"], providers=("NoSuchExecutionProvider",)))
 
 
 def test_example_inputs_follow_the_signature_and_are_always_the_same():
@@ -174,7 +175,9 @@ def simulate(monkeypatch, identity):
         models = {name: OnnxModel(name, identity.signature, 20) for name in seconds}
         monkeypatch.setattr(latency, "time", machine)
         monkeypatch.setattr(
-            latency, "open_model", lambda model, _: machine.session(model.path, seconds[model.path])
+            latency,
+            "open_model",
+            lambda model, *_: machine.session(model.path, seconds[model.path]),
         )
         options = {"batch_sizes": (1,), "threads": 1, "baseline": "slow", **options}
         return measure_latency(models, **options), machine

@@ -6,6 +6,7 @@ import yaml
 
 from deploykit.errors import RecipeError
 from deploykit.recipe import dump_recipe, load_recipe, parse_recipe, tree
+from deploykit.targets import TARGETS
 
 MINIMAL = """\
 schema: 1
@@ -305,7 +306,8 @@ def test_dump_writes_every_default_one_key_a_line_and_loads_back_equal() -> None
     recipe = parse_recipe(MINIMAL, ["train.optimizer.lr=3e-5", "prune.epochs=1"])
     text = dump_recipe(recipe)
     assert [line.split(":")[0] for line in text.splitlines()] == [
-        *("schema", "name", "seed", "task", "target", "threads", "data", "model"),
+        *("schema", "name", "seed", "task", "target", "precision", "threads"),
+        *("data", "model"),
         *("train", "prune", "quantize", "verify", "budget"),
     ]
     assert "channel_multiple: null" in text
@@ -315,3 +317,36 @@ def test_dump_writes_every_default_one_key_a_line_and_loads_back_equal() -> None
 def test_dump_is_read_alike_by_plain_yaml() -> None:
     recipe = parse_recipe(MINIMAL, ["train.optimizer.lr=3e-5", "data.classes=[no, '1', '~', '']"])
     assert yaml.safe_load(dump_recipe(recipe)) == recipe.model_dump(mode="json", by_alias=True)
+
+
+# what ships
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["precision=fp16", "quantize.mode=ptq"], r"precision: expected none beside quantize"),
+        (["target=cuda", "quantize.mode=ptq"], r"quantize: expected none for target cuda.*null"),
+        (["precision=fp8"], r"precision: expected fp32, fp16 or bf16"),
+    ],
+)
+def test_two_precisions_at_once_are_refused_with_the_remedy(changes, told) -> None:
+    with pytest.raises(RecipeError, match=told):
+        parse_recipe(MINIMAL, changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "precision"),
+    [
+        ([], "cpu-x86-vnni", "fp32"),
+        ([], "cuda", "fp16"),
+        ([], "tensorrt", "fp32"),
+        (["quantize.mode=ptq"], "web", "int8"),
+        (["quantize.mode=ptq"], "cuda", "fp16"),  # what export makes for it
+        (["precision=bf16"], "cuda", "bf16"),
+        (["precision=fp32"], "cuda", "fp32"),
+        (["precision=fp16"], "cpu-x86-vnni", "fp16"),
+    ],
+)
+def test_what_ships_follows_from_recipe_and_target(changes, target, precision) -> None:
+    assert parse_recipe(MINIMAL, changes).precision_on(TARGETS[target]) == precision

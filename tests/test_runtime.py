@@ -407,3 +407,81 @@ def test_runtime_loads_neither_torch_nor_deploykit_nor_onnxruntime(tiny):
     )
     command = [sys.executable, "-c", code, str(tiny / "run.py")]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+# Another kind of CPU
+
+
+def on_cpu(monkeypatch, name):
+    monkeypatch.setattr(runtime, "detect_cpu", lambda: name)
+
+
+def portable(folder, *names, **changes):
+    """A bundle that names these targets, verified on this machine."""
+    return make_bundle(folder, verified_on={"targets": list(names)}, **changes)
+
+
+OTHER = "cpu-arm64" if runtime.detect_cpu() != "cpu-arm64" else "cpu-x86-vnni"
+
+
+def answering_otherwise(monkeypatch):
+    true_run = runtime.run_model
+    monkeypatch.setattr(runtime, "run_model", lambda *given: true_run(*given) + 1.0)
+
+
+def test_nothing_is_run_where_the_bundle_was_verified(tiny, monkeypatch):
+    manifest, contents = runtime.read_bundle(tiny)
+    assert manifest["verified_on"]["cpu_target"] == runtime.detect_cpu()
+    monkeypatch.setattr(runtime, "check_golden", None)
+    runtime.open_bundle(manifest, contents, 1)
+
+
+def test_a_named_cpu_that_answers_the_same_is_silent(tmp_path, monkeypatch, capsys):
+    bundle = portable(tmp_path, OTHER)
+    on_cpu(monkeypatch, OTHER)
+    assert runtime.main(["predict", str(bundle / "golden/000.png")], bundle) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["selftest", "predict", "bench"])
+def test_another_cpu_that_answers_the_same_is_told_in_one_line(
+    tmp_path, monkeypatch, capsys, command
+):
+    bundle = portable(tmp_path, "cpu-x86-avx2")
+    monkeypatch.setattr(runtime, "_time", lambda *_: dict.fromkeys(TIMED, 1.0))
+    capsys.readouterr()
+    on_cpu(monkeypatch, OTHER)
+    files = [str(bundle / "golden/000.png")] if command == "predict" else []
+    assert runtime.main([command, *files], bundle) == 0
+    told = capsys.readouterr().err
+    assert told == (
+        f"warning: tiny: made for cpu-x86-avx2, and this CPU is {OTHER}; "
+        "the golden samples hold here\n"
+    )
+
+
+TIMED = ("median_ms", "p90_ms", "samples_per_second", "runs")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_another_cpu_that_answers_otherwise_is_refused(tmp_path, monkeypatch, capsys, named):
+    bundle = portable(tmp_path, "cpu-x86-avx2", *([OTHER] if named else []))
+    capsys.readouterr()
+    on_cpu(monkeypatch, OTHER)
+    answering_otherwise(monkeypatch)
+    for arguments in (["predict", str(bundle / "golden/000.png")], ["selftest"], ["bench"]):
+        assert runtime.main(arguments, bundle) == 4
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"made for cpu-x86-avx2, and this CPU is {OTHER}, which answers otherwise" in told
+        assert f"export it with --target {OTHER}" in told
+
+
+def test_a_bundle_that_names_no_cpus_is_right_for_its_target_alone(tmp_path, monkeypatch, capsys):
+    bundle = make_bundle(tmp_path, verified_on={"cpu_target": "elsewhere"}, target=OTHER)
+    capsys.readouterr()
+    manifest, contents = runtime.read_bundle(bundle)
+    for name, warned in ((OTHER, False), ("cpu-x86-avx2", True)):
+        on_cpu(monkeypatch, name)
+        runtime.open_bundle(manifest, contents, 1)
+        assert bool(capsys.readouterr().err) is warned

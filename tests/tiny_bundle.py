@@ -12,6 +12,7 @@ from PIL import Image
 
 from deploykit.artifacts import OnnxModel, Signature, TensorSpec
 from deploykit.bundle import Golden, write_bundle
+from deploykit.targets import TARGETS
 
 LABELS = ("circle", "square", "star")
 PREPROCESS: dict[str, Any] = {
@@ -122,7 +123,7 @@ def make_bundle(folder: Path, *, arrays: bool = False, **changes: Any) -> Path:
         "task": "classification" if arrays else "image-classification",
         "measured": {"accuracy": 0.5, "latency_ms": {1: 0.1, 32: 0.2, 4: None}},
         "measured_on": {"cpu": "a | b"},
-        "verified_on": {"cpu": "c"},
+        "verified_on": {"cpu": "c", "targets": list(TARGETS)},
         "tolerance": {"max_abs": 1e-4, "top1": True, "steps": None, "scale": None},
         "golden": changes.get("golden") or golden_of(model),
     }

@@ -16,6 +16,7 @@ from deploykit.artifacts import JsonDict, OnnxModel
 from deploykit.measure.session import example_feed, open_model
 from deploykit.seeds import stable_seed
 from deploykit.statistics import Interval, median_ratio_interval
+from deploykit.targets import Target
 
 WARM_UP_RUNS, WARM_UP_SECONDS = 3, 0.05
 SAMPLE_SECONDS = 0.005  # long against the clock and a context switch, short against a drift
@@ -115,6 +116,7 @@ def measure_latency(
     margin: float = 0.02,
     seconds_per_model: float = 3.0,
     seed: int = 0,
+    target: Target | None = None,
 ) -> dict[str, dict[str, Latency]]:
     """Time models against a baseline in interleaved rounds.
 
@@ -131,6 +133,7 @@ def measure_latency(
         margin: a ratio this close to 1 is ``undecided``.
         seconds_per_model: cap for one batch size, for each model; may be exceeded by slow models.
         seed: of the order within the rounds.
+        target: whose execution providers run the models; default: the CPU's.
 
     Returns:
         ``{name: {"1": Latency, "32": Latency}}``; the baseline's ratio is 1.
@@ -146,7 +149,7 @@ def measure_latency(
     """
     if baseline not in models:
         raise ValueError(f"baseline: expected one of {sorted(models)}, got {baseline!r}")
-    sessions = {name: open_model(model, threads) for name, model in models.items()}
+    sessions = {name: open_model(model, threads, target) for name, model in models.items()}
     measured: dict[str, dict[str, Latency]] = {name: {} for name in models}
     for batch_size in batch_sizes:
         runners = {

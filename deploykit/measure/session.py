@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,21 @@ from deploykit import runtime
 from deploykit.artifacts import OnnxModel
 from deploykit.errors import MissingDependency, ModelError
 from deploykit.seeds import stable_seed
+from deploykit.targets import Target
 
 
-def open_model(model: OnnxModel, threads: int, providers: Sequence[str] = runtime.CPU) -> Any:
-    """Open an ONNX file in ONNX Runtime.
+def open_model(model: OnnxModel, threads: int, target: Target | None = None) -> Any:
+    """Open an ONNX file in ONNX Runtime, on the CPU or as ``target`` says.
 
     Raises:
         ModelError: the file is missing, or ONNX Runtime cannot open it.
         MissingDependency: ONNX Runtime is missing or lacks the provider.
     """
     try:
-        return runtime.open_session(model.path.read_bytes(), threads, providers)
+        data = model.path.read_bytes()
+        if target is None:
+            return runtime.open_session(data, threads)
+        return runtime.open_session(data, threads, target.providers, target.provider_options)
     except OSError as error:
         raise ModelError(f"{model.path}: expected an ONNX file, got {error.strerror}") from error
     except runtime.PackageError as error:

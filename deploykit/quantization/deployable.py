@@ -24,10 +24,24 @@ class FromPixels(nn.Module):
 
     Normalization is written as the dequantization of the pixels, which are the first integers
     of the model: an integer kernel reads them as they are, a float one after one operator.
+    TensorRT knows no uint8 but a cast right behind the input, and no zero point but 0; for it
+    (and for halves, which GPUs compute) normalization is arithmetic, and what comes out of it
+    is quantized like any other value.
+
+    Args:
+        graph: takes normalized floats.
+        preprocess: holds ``mean`` and ``std``.
+        dequantize: whether pixels are the first integers.
     """
 
-    def __init__(self, graph: GraphModule, preprocess: Mapping[str, Any]) -> None:
+    zero_points: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, graph: nn.Module, preprocess: Mapping[str, Any], *, dequantize: bool = True
+    ) -> None:
         super().__init__()
+        self.from_integers = dequantize
         self.inner = graph  # not "graph": that is the name of a GraphModule's own attribute
         zero_point, scale = zero_point_and_scale(preprocess)
         self.shared = len(scale) == 1
@@ -37,20 +51,34 @@ class FromPixels(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalize and answer."""
-        # Strides as in training, also those of one channel: others would fail a view. A clone
-        # exports as nothing.
-        pixels = image.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        values = self._dequantized(image) if self.from_integers else self._computed(image)
+        answer: Tensor = self.inner(values)
+        return answer
+
+    def _computed(self, image: Tensor) -> Tensor:
+        pixels = _channels_first(image).float()
+        return (pixels - self.zero_points.view(1, -1, 1, 1)) * self.scales.view(1, -1, 1, 1)
+
+    def _dequantized(self, image: Tensor) -> Tensor:
+        pixels = _channels_first(image)
         integers = torch.ops.quantized_decomposed
         if self.shared:
-            normalized = integers.dequantize_per_tensor(
+            normalized: Tensor = integers.dequantize_per_tensor(
                 pixels, self.scale, self.zero_point, 0, 255, torch.uint8
             )
         else:
             normalized = integers.dequantize_per_channel(
                 pixels, self.scales, self.zero_points, 1, 0, 255, torch.uint8
             )
-        answer: Tensor = self.inner(normalized)
-        return answer
+        return normalized
+
+
+def _channels_first(image: Tensor) -> Tensor:
+    """Turn ``(N, H, W, C)`` to ``(N, C, H, W)`` with the strides that training has.
+
+    Others would fail a view, those of one channel among them; a clone exports as nothing.
+    """
+    return image.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def exact_inputs(candidate: Candidate, target: Target) -> dict[str, Parameters]:
@@ -81,10 +109,14 @@ def candidate_graph(candidate: Candidate) -> GraphModule:
     return integer_graph(candidate.module, example, target, parameters, exact)
 
 
-def deployable(candidate: Candidate, graph: GraphModule) -> nn.Module:
+def deployable(candidate: Candidate, graph: nn.Module) -> nn.Module:
     """Return the module that takes what a client sends."""
-    preprocess = candidate.signature.preprocess
-    return graph if preprocess is None else FromPixels(graph, preprocess)
+    preprocess, structure = candidate.signature.preprocess, candidate.structure
+    if preprocess is None:
+        return graph
+    quantization, halves = structure.get("quantization"), structure.get("precision") == "fp16"
+    symmetric = quantization is not None and resolve_target(quantization["target"]).symmetric
+    return FromPixels(graph, preprocess, dequantize=not (halves or symmetric))
 
 
 def raw_example(candidate: Candidate, batch: int) -> Tensor:

@@ -166,7 +166,7 @@ def _observed(target: Target, observer: Callable[..., object]) -> QuantizationSp
         dtype=dtype,
         quant_min=low,
         quant_max=high,
-        qscheme=torch.per_tensor_affine,
+        qscheme=torch.per_tensor_symmetric if target.symmetric else torch.per_tensor_affine,
         observer_or_fake_quant_ctr=observer,
     )
 

@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from deploykit.targets import TARGETS, Target
+
 Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -351,7 +353,16 @@ class Recipe(Section):
     task: Literal["image-classification", "classification"] = Field(
         description="classification takes arrays in place of images"
     )
-    target: str = Field("cpu", description="where the model will run")
+    target: str = Field(
+        "cpu",
+        description="where the model will run: cpu (this machine's), cpu-x86-vnni, cpu-x86-avx2, "
+        "cpu-arm64, cuda, tensorrt, web",
+    )
+    precision: Literal["fp32", "fp16", "bf16"] | None = Field(
+        None,
+        description="floats that ship: fp16 computes in halves, bf16 stores weights in two bytes "
+        "and computes in float32; default: the target's (cuda: fp16), else fp32; not with quantize",
+    )
     threads: Count = Field(1, description="threads of every latency figure")
     data: DataSection = Field(description="samples")
     model: ModelSection = Field(description="starting point")
@@ -360,3 +371,28 @@ class Recipe(Section):
     quantize: QuantizeSection | None = Field(None, description="integer arithmetic")
     verify: VerifySection = Field(VerifySection(), description="proof of the exported model")
     budget: BudgetSection | None = Field(None, description="what must hold")
+
+    @model_validator(mode="after")
+    def _ships_one_precision(self) -> Self:
+        if self.quantize is None:
+            return self
+        if self.precision is not None:
+            raise ValueError(
+                f"precision: expected none beside quantize, which ships int8, got "
+                f"{self.precision}; drop one of them"
+            )
+        target = TARGETS.get(self.target)
+        if target is not None and target.precision != "int8":
+            raise ValueError(
+                f"quantize: expected none for target {target.name}, which has no integer kernels "
+                f"and ships {target.precision}; drop it (--set quantize=null), or choose tensorrt"
+            )
+        return self
+
+    def precision_on(self, target: Target) -> str:
+        """Return what the model computes in that ships to ``target``: int8, fp32, fp16 or bf16."""
+        if self.precision is not None:
+            return self.precision
+        if target.precision != "int8":
+            return target.precision
+        return "fp32" if self.quantize is None else "int8"

@@ -1,0 +1,189 @@
+"""Runs and bundles for targets that this machine is not."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from tiny_run import CALIBRATED, measure_quickly, sha256
+
+from deploykit import job
+from deploykit.check import check_recipe
+from deploykit.errors import BudgetError, VerificationError
+from deploykit.recipe import parse_recipe
+from deploykit.runtime import detect_cpu
+from deploykit.ship import export_run
+from deploykit.targets import TARGETS, suited_targets
+
+pytestmark = pytest.mark.slow
+
+ELSEWHERE = "cpu-arm64" if detect_cpu() != "cpu-arm64" else "cpu-x86-vnni"
+FOR = {
+    "web": ("target=web",),
+    "tensorrt": ("target=tensorrt",),
+    "cuda": ("target=cuda", "quantize=null"),
+    "another CPU": (f"target={ELSEWHERE}",),
+}
+UNKNOWN = {"1": None, "32": None}
+
+
+def recipe_of(*changes):
+    return parse_recipe(CALIBRATED, changes)
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory):
+    """Run a recipe with these changes, once for all tests."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def make(*changes):
+        if changes not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                measure_quickly(patch)
+                made[changes] = job.run_recipe(recipe_of(*changes), folder / str(len(made)))
+        return made[changes]
+
+    return make
+
+
+def manifest_of(bundle):
+    return json.loads((bundle / "manifest.json").read_text())
+
+
+def kinds_of_weights(model):
+    graph = onnx.load(model).graph
+    return {tensor.data_type for tensor in graph.initializer if len(tensor.dims) > 1}
+
+
+# A run for another target
+
+
+@pytest.mark.parametrize("changes", FOR.values(), ids=FOR.keys())
+def test_a_run_for_elsewhere_is_proven_here_and_claims_no_latency(make_run, changes, tmp_path):
+    run = make_run(*changes)
+    final, model = run.report["final"], run.report["details"]["model"]
+    assert 0 <= final["accuracy"] <= 1
+    assert final["latency_ms"] == final["speedup"] == UNKNOWN
+    assert final["peak_memory_bytes"] is None
+    assert "speed unknown, this machine is not the target" in run.report["decisions"][-1]["why"]
+    assert (run.path / "report.html").is_file()
+    manifest = manifest_of(export_run(run.path, tmp_path / "bundle"))
+    target = TARGETS[model["target"]]
+    assert manifest["target"] == target.name
+    assert manifest["measured"]["latency_ms"] == manifest["measured"]["speedup"] == UNKNOWN
+    assert manifest["measured_on"] is None
+    assert manifest["verified_on"]["targets"] == suited_targets(model["precision"], target)
+    assert manifest["verified_on"]["cpu_target"] == detect_cpu()
+
+
+def test_a_run_for_this_cpu_has_latencies(make_run, tmp_path):
+    run = make_run()
+    assert all(run.report["final"]["latency_ms"].values())
+    manifest = manifest_of(export_run(run.path, tmp_path / "bundle"))
+    assert all(manifest["measured"]["latency_ms"].values())
+    assert manifest["measured_on"] == run.report["environment"]
+    assert detect_cpu() in manifest["verified_on"]["targets"]
+
+
+def test_cuda_ships_halves_as_a_stage_of_its_own(make_run):
+    run = make_run(*FOR["cuda"])
+    assert [stage["name"] for stage in run.report["stages"]] == ["train", "convert"]
+    assert run.report["details"]["model"]["precision"] == "fp16"
+    assert kinds_of_weights(run.path / "onnx/convert.onnx") == {TensorProto.FLOAT16}
+    assert (run.path / "candidates/convert/structure.json").is_file()
+
+
+def test_a_cpu_ships_the_floats_that_the_recipe_asks_for(make_run):
+    run = make_run("quantize=null", "precision=bf16")
+    assert all(run.report["final"]["latency_ms"].values())
+    assert kinds_of_weights(run.path / "onnx/convert.onnx") == {TensorProto.BFLOAT16}
+
+
+# A speed that cannot be measured here
+
+
+def test_a_speed_that_this_machine_cannot_measure_is_refused_before_any_work(tmp_path):
+    recipe = recipe_of("target=web", "budget.min_speedup=1.5")
+    told = r"budget.min_speedup: expected a machine that is web.*--latency-table"
+    with pytest.raises(BudgetError, match=told) as caught:
+        job.run_recipe(recipe, tmp_path / "run")
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(BudgetError, match=told):
+        check_recipe(recipe)
+
+
+def test_latencies_taken_on_the_target_judge_it_here(make_run, tmp_path):
+    stages = json.loads((make_run().path / "measurements.json").read_text())["stages"]
+    fast = {**stages["quantize"]["latency"]["1"], "ratio": 3.0}
+    stages["quantize"]["latency"]["1"] = fast
+    recipe = recipe_of("target=web", "budget.min_speedup=1.5")
+    run = job.run_recipe(recipe, tmp_path / "run", replay=stages)
+    assert run.report["budget"]["passed"]
+    assert run.report["final"]["speedup"]["1"] == 3.0
+
+
+def test_a_drop_is_judged_anywhere(make_run):
+    assert make_run("target=web", "budget.max_drop=0.9").report["budget"]["passed"]
+
+
+# A bundle for another target than the run's
+
+
+def test_integers_become_halves_for_cuda(make_run, tmp_path):
+    bundle = export_run(make_run().path, tmp_path / "bundle", target="cuda")
+    manifest = manifest_of(bundle)
+    assert kinds_of_weights(bundle / "model.onnx") == {TensorProto.FLOAT16}
+    assert manifest["verified_on"]["targets"] == list(TARGETS)
+    assert manifest["measured"]["latency_ms"] == UNKNOWN
+    assert manifest["measured"]["accuracy"] is not None
+    assert manifest["measured"]["size_bytes"] == (bundle / "model.onnx").stat().st_size
+
+
+def test_integers_become_symmetric_for_tensorrt(make_run, tmp_path):
+    bundle = export_run(make_run().path, tmp_path / "bundle", target="tensorrt")
+    assert {"tensorrt", detect_cpu()} <= set(manifest_of(bundle)["verified_on"]["targets"])
+    graph = onnx.load(bundle / "model.onnx").graph
+    zero_points = {
+        node.input[2] for node in graph.node if node.op_type in {"QuantizeLinear"} and node.input[2]
+    }
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert zero_points
+    for name in zero_points:
+        assert stored[name].dtype == np.int8
+        assert not stored[name].any()
+
+
+def test_a_run_for_cuda_ships_float32_to_cpus(make_run, tmp_path):
+    run = make_run(*FOR["cuda"])
+    bundle = export_run(run.path, tmp_path / "bundle", target="cpu")
+    assert sha256(bundle / "model.onnx") == sha256(run.path / "onnx/train.onnx")
+    assert manifest_of(bundle)["verified_on"]["targets"] == list(TARGETS)
+
+
+def test_floats_that_the_recipe_asks_for_go_everywhere_as_they_are(make_run, tmp_path):
+    run = make_run("quantize=null", "precision=bf16")
+    for target in ("web", "cuda"):
+        bundle = export_run(run.path, tmp_path / target, target=target)
+        assert sha256(bundle / "model.onnx") == sha256(run.path / "onnx/convert.onnx")
+
+
+def test_a_model_given_as_an_object_cannot_be_made_anew(tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    import deploykit
+
+    measure_quickly(monkeypatch)
+    x, y = load_digits(return_X_y=True)
+    x = x.astype("float32")
+    run = deploykit.compress(
+        nn.Linear(64, 10),
+        {"train": (x[:200], y[:200]), "validation": (x[200:300], y[200:300])},
+        out=tmp_path / "run",
+        verify={"min_agreement": 0.8},
+    )
+    with pytest.raises(VerificationError, match="given as an object; compress it again"):
+        export_run(run.path, tmp_path / "bundle", target="cuda")
+    assert not (tmp_path / "bundle").exists()
