@@ -159,7 +159,13 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     samples = work.run.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
     if section.mode != "qat":
-        stage = _proved(work, started, lambda: calibrate(before.candidate, samples, target=target))
+        stage = _proved(
+            work,
+            started,
+            lambda: calibrate(
+                before.candidate, samples, target=target, keep_float=section.keep_float
+            ),
+        )
         if section.mode == "ptq":
             return stage, why
         decision = ptq_decision(baseline, stage, recipe.budget, DEFAULT_MAX_DROP)
@@ -169,7 +175,13 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     stage = _proved(
         work,
         started,
-        lambda: train_quantized(before.candidate, work.training, section, target=target),
+        lambda: train_quantized(
+            before.candidate,
+            work.training,
+            section,
+            target=target,
+            keep_float=section.keep_float,
+        ),
     )
     return stage, f"qat: {why}"
 

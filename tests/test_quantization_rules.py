@@ -137,9 +137,10 @@ def test_arithmetic_with_a_literal_is_no_kernel():
 
 
 def test_a_tensor_of_the_models_own_is_quantized_by_its_name():
-    net = Net(lambda net, x: net.c1(x) * net.gain, c1=conv(CHANNELS, 8))
+    net = Net(lambda net, x: net.c2(net.c1(x) * net.gain), c1=conv(CHANNELS, 8), c2=conv(8, 8))
     net.gain = nn.Parameter(torch.rand(8, 1, 1))
-    assert sorted(keys(net)) == [":gain", ":mul#0", "c1:conv2d#0", "input:0"]
+    expected = [":gain", ":mul#0", "c1:conv2d#0", "c2:conv2d#0", "input:0"]
+    assert sorted(keys(net)) == expected
 
 
 def test_a_convolution_that_is_read_twice_is_quantized_before_its_norm():
