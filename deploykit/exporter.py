@@ -18,6 +18,7 @@ from deploykit.errors import ExportError, ModelError
 from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
 from deploykit.quantization.graphs import quiet
+from deploykit.quantization.recurrent import quantize_recurrent
 from deploykit.quantization.rules import kernels, module_of
 
 OPSET = 20
@@ -44,8 +45,13 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     check_finite(candidate)
     graph = candidate_graph(candidate)
     proto = _to_onnx(candidate, graph)
-    _strip(proto)
     _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
+    quantization = candidate.structure.get("quantization")
+    if quantization:
+        with quiet():
+            keep_float = frozenset(quantization.get("keep_float", ()))
+            proto = quantize_recurrent(proto, graph.graph, keep_float)
+    _strip(proto)
     proto.graph.name = name
     proto.producer_name, proto.producer_version = "deploykit", ""
     proto.domain, proto.model_version = "", 1

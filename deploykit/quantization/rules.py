@@ -62,6 +62,7 @@ LIGHT = frozenset(
         torch.batch_norm,
     }
 )
+RECURRENT = frozenset({aten.lstm.input, aten.gru.input})
 NORM = aten.batch_norm.default
 # The same arithmetic by a name that no library folds into the layer before it.
 LONE_NORM = torch.batch_norm
@@ -175,7 +176,7 @@ def match_layers(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
     Raises:
         CompressionError: a pattern fits none.
     """
-    layers = sorted({module_of(node) for node in kernels(graph)})
+    layers = sorted({module_of(node) for node in graph.nodes if _has_weights(node)})
     matched: set[str] = set()
     for pattern in patterns:
         found = [
@@ -191,6 +192,10 @@ def match_layers(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
             )
         matched.update(found)
     return frozenset(matched)
+
+
+def _has_weights(node: Node) -> bool:
+    return _is_weighted(node) or node.target in RECURRENT
 
 
 def _dotted(around: str, name: str) -> str:
