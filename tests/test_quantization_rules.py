@@ -172,6 +172,16 @@ def test_a_weight_made_of_parameters_is_a_layers():
     assert keys(Net(lambda net, x: net.c1(x), c1=normed)) == ["input:0", "c1:conv2d#0"]
 
 
+@pytest.mark.parametrize(("padding", "size"), [("same", 3), ("same", 5), ("valid", 3)])
+def test_padding_by_a_word_is_a_layers_too(padding, size):
+    layer = nn.Conv2d(CHANNELS, 8, size, padding=padding, dilation=2)
+    net = Net(lambda net, x: net.c1(x), c1=layer)
+    assert keys(net) == ["input:0", "c1:conv2d#0"]
+    samples = torch.randn(3, *EXAMPLE.shape[1:])
+    with torch.no_grad():
+        assert torch.allclose(trace(net, EXAMPLE)(samples), net(samples), atol=1e-5)
+
+
 def test_dropout_gets_no_pair_of_its_own():
     net = Net(
         lambda net, x: net.fc(net.drop(pooled(net.c1(x)))),

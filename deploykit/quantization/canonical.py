@@ -73,6 +73,23 @@ def arguments(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
+def _same_padding(graph: GraphModule, node: Node) -> Node | None:
+    """Write padding by a word as numbers, where both sides get as much."""
+    given: list[Any] = list(node.args)
+    given += [None, None, None, [1], "valid", [1], 1][len(given) :]
+    source, weight, bias, stride, padding, dilation, groups = given
+    window = weight.meta["val"].shape[2:]
+    spread = list(dilation) * len(window) if len(dilation) == 1 else list(dilation)
+    total = [gap * (size - 1) for gap, size in zip(spread, window, strict=True)]
+    if padding == "valid":
+        total = [0] * len(window)
+    if any(size % 2 for size in total):
+        return None
+    halves = [size // 2 for size in total]
+    target = PADDED_BY_WORD[node.target]
+    return _insert(graph, node, target, (source, weight, bias, stride, halves, spread, groups))
+
+
 def _flatten(graph: GraphModule, node: Node) -> Node | None:
     return _reshape(graph, node, node.args[0], node.meta["val"].shape)
 
@@ -128,7 +145,12 @@ def _insert(graph: GraphModule, before: Node, target: Any, args: tuple[Any, ...]
     return node
 
 
+PADDED_BY_WORD: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+}
 REWRITES: dict[Any, Rewrite] = {
+    **dict.fromkeys(PADDED_BY_WORD, _same_padding),
     aten.flatten.using_ints: _flatten,
     aten.adaptive_avg_pool2d.default: _global_pool,
     aten.mean.dim: _mean,

@@ -133,7 +133,8 @@ def integer_graph(
     prepared = rounding_graph(module, example, target, parameters, exact, keep_float, moved=True)
     with quiet(), torch.no_grad():
         converted: GraphModule = convert_pt2e(prepared, fold_quantize=True)
-    return spell_integers(converted)
+    # Other runtimes than ONNX Runtime's CPU kernels know arithmetic between pairs only.
+    return spell_integers(converted) if target.activation_dtype == "uint8" else converted
 
 
 def rounding_graph(

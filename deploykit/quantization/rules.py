@@ -266,7 +266,8 @@ def _joined_in(node: Node, tails: Mapping[Node, Node]) -> Node | None:
 
 
 def _clipped_to(node: Node) -> tuple[object, ...] | None:
-    return (str(node.target).strip("_"), *node.args[1:]) if node.target in CLIPPING else None
+    kind = str(node.target).replace("_.", ".")  # in place or not
+    return (kind, *node.args[1:]) if node.target in CLIPPING else None
 
 
 def _is_derived(node: Node, roots: Mapping[Node, Node]) -> bool:

@@ -32,6 +32,7 @@ aten = torch.ops.aten
 integers = torch.ops.quantized_decomposed
 QUANTIZE = integers.quantize_per_tensor.default
 DEQUANTIZE = integers.dequantize_per_tensor.default
+LIMIT = 63  # no 16-bit sum of u8 * s8 overflows, and equal weights lose nothing by it
 PLAIN = frozenset({"constant", 0})  # padding with one value, not with what stands at the border
 Spelling = Callable[[GraphModule, Node], Node | None]
 
@@ -121,8 +122,8 @@ def _scale(graph: GraphModule, node: Node) -> Node | None:
 def _convolve(
     graph: GraphModule, node: Node, weight: Tensor, bias: Tensor | None, form: list[Any]
 ) -> Node:
-    """Insert a convolution with a weight of its own, in integers of one scale a channel."""
-    scale = weight.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    """Insert a convolution whose weights are equal within a channel, as integers of its scale."""
+    scale = weight.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LIMIT
     whole = torch.round(weight / scale.reshape(-1, 1, 1, 1)).to(torch.int8)
     constants = [
         _store(graph, f"{node.name}_{name}", value)
@@ -133,7 +134,7 @@ def _convolve(
         )
     ]
     dequantized = graph.graph.call_function(
-        integers.dequantize_per_channel.default, (*constants, 0, -127, 127, torch.int8)
+        integers.dequantize_per_channel.default, (*constants, 0, -LIMIT, LIMIT, torch.int8)
     )
     shift = None if bias is None else _store(graph, f"{node.name}_bias", bias)
     return graph.graph.call_function(aten.conv2d.default, (node.args[0], dequantized, shift, *form))
