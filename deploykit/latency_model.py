@@ -29,7 +29,7 @@ from deploykit.measure.profile import NodeTime, profile_nodes
 from deploykit.publish import write_json
 from deploykit.quantize import calibrate
 from deploykit.structure import example_input
-from deploykit.targets import Target
+from deploykit.targets import CPU, Target, why_not_here
 from deploykit.widths import output_width, read_widths
 
 Widths = Mapping[str, Mapping[str, int]]
@@ -147,6 +147,11 @@ class LatencyCost:
     _profile: Profile | None = None
     _model: LatencyModel | None = None
     _speedups: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine is the target, and one whose nodes can be timed."""
+        return self.target.providers == (CPU,) and why_not_here(self.target) is None
 
     def predict(self, widths: Widths, removed: Collection[str] = ()) -> float:
         """Return the predicted latency at batch 1; milliseconds."""

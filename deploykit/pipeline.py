@@ -6,15 +6,16 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from deploykit.artifacts import Candidate, JsonDict, Report
 from deploykit.bundle_files import Golden, golden_files
+from deploykit.course import Course
 from deploykit.data import Dataset
-from deploykit.decisions import pays, ptq_decision, stage_decision
+from deploykit.decisions import ptq_decision, stage_decision
 from deploykit.environment import cache_folder
 from deploykit.errors import BudgetError, DataError
 from deploykit.interrupt import raise_if_stopped
@@ -26,13 +27,13 @@ from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
 from deploykit.quantize import calibrate, calibration_rows, train_quantized
-from deploykit.recipe.sections import Recipe, RecoverySection, TrainSection
+from deploykit.recipe.sections import Recipe, TrainSection
 from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
 from deploykit.runtime import open_session, run_model
 from deploykit.stages import Stage, measure_stages, prove
-from deploykit.targets import resolve_target, why_not_here
+from deploykit.targets import resolve_target
 from deploykit.train import Training, fit
 
 GOLDEN_SAMPLES = 16
@@ -127,50 +128,6 @@ def run_stages(
     return report
 
 
-@dataclass
-class Course:
-    """The stages of a run as they come.
-
-    Attributes:
-        stages: all that were made, in order.
-        origin: the stage that each one was made from, by its name.
-        refused: names of those that the shipped model has not gone through.
-        reasons: what was decided within a stage or about it, by its name.
-    """
-
-    stages: list[Stage]
-    origin: dict[str, Stage] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def final(self) -> Stage:
-        """The last stage that was kept."""
-        return [stage for stage in self.stages if stage.name not in self.refused][-1]
-
-    def add(self, stage: Stage) -> None:
-        """Append a stage that was made from the last one kept."""
-        self.origin[stage.name] = self.final
-        self.stages.append(stage)
-
-    def judge(self, stage: Stage, section: RecoverySection, speedup: float) -> None:
-        """Keep the last stage if it pays, or else do what its section says.
-
-        Raises:
-            BudgetError: it does not pay, and the recipe demands that it does.
-        """
-        if section.unless_it_pays == "keep" or pays(speedup, self.origin[stage.name], stage):
-            return
-        why = f"does not pay: {speedup:.2f}x the speed at batch 1 as it ships"
-        if section.unless_it_pays == "fail":
-            raise BudgetError(
-                f"{stage.name}: expected a stage that pays, got {speedup:.2f}x the speed at batch "
-                f"1; remove the section, or set {stage.name}.unless_it_pays to drop or keep"
-            )
-        self.refused.add(stage.name)
-        self.reasons[stage.name] = "; ".join(filter(None, [why, self.reasons.get(stage.name)]))
-
-
 def _make_stages(work: Work, start: Candidate) -> Course:
     """Make every stage that the recipe names, each from the last one kept."""
     recipe: Recipe = work.recipe
@@ -180,7 +137,7 @@ def _make_stages(work: Work, start: Candidate) -> Course:
         before, started = course.final, time.monotonic()
         stage = _proved(work, started, lambda: _prune(before.candidate, work, latency))
         course.add(stage)
-        if recipe.prune.unless_it_pays != "keep" and why_not_here(latency.target) is None:
+        if recipe.prune.unless_it_pays != "keep" and latency.is_here:
             removed = stage.candidate.structure.get("removed", ())
             speedup = latency.speedup(stage.candidate.module, removed)
             course.judge(stage, recipe.prune, speedup)
@@ -259,7 +216,13 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     samples = work.run.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
     if section.mode != "qat":
-        stage = _proved(work, started, lambda: calibrate(before.candidate, samples, target=target))
+        stage = _proved(
+            work,
+            started,
+            lambda: calibrate(
+                before.candidate, samples, target=target, keep_float=section.keep_float
+            ),
+        )
         if section.mode == "ptq":
             return stage, why
         decision = ptq_decision(baseline, stage, recipe.budget, DEFAULT_MAX_DROP)
@@ -275,6 +238,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             section,
             target=target,
             teacher=baseline.candidate.module,
+            keep_float=section.keep_float,
         ),
     )
     return stage, f"qat: {why}"

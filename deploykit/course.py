@@ -1,0 +1,54 @@
+"""The stages of a run as they come, and which of them the shipped model goes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deploykit.decisions import pays
+from deploykit.errors import BudgetError
+from deploykit.recipe.sections import RecoverySection
+from deploykit.stages import Stage
+
+
+@dataclass
+class Course:
+    """The stages of a run as they come.
+
+    Attributes:
+        stages: all that were made, in order.
+        origin: the stage that each one was made from, by its name.
+        refused: names of those that the shipped model has not gone through.
+        reasons: what was decided within a stage or about it, by its name.
+    """
+
+    stages: list[Stage]
+    origin: dict[str, Stage] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def final(self) -> Stage:
+        """The last stage that was kept."""
+        return [stage for stage in self.stages if stage.name not in self.refused][-1]
+
+    def add(self, stage: Stage) -> None:
+        """Append a stage that was made from the last one kept."""
+        self.origin[stage.name] = self.final
+        self.stages.append(stage)
+
+    def judge(self, stage: Stage, section: RecoverySection, speedup: float) -> None:
+        """Keep the last stage if it pays, or else do what its section says.
+
+        Raises:
+            BudgetError: it does not pay, and the recipe demands that it does.
+        """
+        if section.unless_it_pays == "keep" or pays(speedup, self.origin[stage.name], stage):
+            return
+        why = f"does not pay: {speedup:.2f}x the speed at batch 1 as it ships"
+        if section.unless_it_pays == "fail":
+            raise BudgetError(
+                f"{stage.name}: expected a stage that pays, got {speedup:.2f}x the speed at batch "
+                f"1; remove the section, or set {stage.name}.unless_it_pays to drop or keep"
+            )
+        self.refused.add(stage.name)
+        self.reasons[stage.name] = "; ".join(filter(None, [why, self.reasons.get(stage.name)]))
