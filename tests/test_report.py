@@ -323,6 +323,24 @@ def test_epochs_may_name_what_they_trained_themselves(report, render):
     assert "4 to 9: fc.weight, conv.bias" in text
 
 
+def test_pruning_to_a_bound_tells_bound_blocks_and_harm(report, render):
+    pruning = {
+        "removed": ["layer3.1", "layer3.2"],
+        "bounds": [
+            {"unit": "ms at batch 1", "before": 0.9, "bound": 0.6, "predicted": 0.59,
+             "measured": 0.58}
+        ],
+        "sensitivity": {
+            "blocks": [{"block": "layer3.1", "divergence": 0.25}],
+            "groups": [{"layers": "a, b, c", "width": 32, "divergence": {"16": 0.5}}],
+        },
+    }  # fmt: skip
+    text = render(with_details(report, pruning=pruning)).text
+    assert "at most 0.6 ms at batch 1, from 0.9; predicted 0.59, measured 0.58" in text
+    assert "Blocks left out: layer3.1, layer3.2." in text
+    assert "without layer3.1 0.250 a and 2 more: 32 to 16 0.500" in text
+
+
 def test_normalization_is_told_where_it_was_measured(report, render):
     told = "share of the latency, batch 1 share 7.12% 95% interval 6.80% to 7.44%"
     assert told in render(report).text

@@ -20,7 +20,7 @@ from deploykit.report.headline import (
     tiles,
     verdict,
 )
-from deploykit.report.tables import class_changes, confusions, trained_spans, width_bars
+from deploykit.report.tables import class_changes, confusions, harm_bars, trained_spans, width_bars
 
 Json = Mapping[str, Any]
 
@@ -57,6 +57,9 @@ def render(report: Json) -> str:
         trained=trained_spans(details),
         widths=width_bars(details.get("widths") or ()),
         left_alone=details.get("left_alone") or (),
+        removed=(details.get("pruning") or {}).get("removed") or (),
+        bounds=(details.get("pruning") or {}).get("bounds") or (),
+        harms=harm_bars((details.get("pruning") or {}).get("sensitivity")),
         fusion=_fusion(details.get("fusion")),
         classes=class_changes(details.get("per_class") or ()),
         confusions=confusions(details),

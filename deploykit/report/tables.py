@@ -25,6 +25,25 @@ def width_bars(widths: Sequence[Json]) -> list[dict[str, Any]]:
     ]
 
 
+def harm_bars(sensitivity: Json | None) -> list[dict[str, Any]]:
+    """Return what leaving out each block or narrowing each group harms, as bars, least first."""
+    if not sensitivity:
+        return []
+    harms = [(f"without {one['block']}", one["divergence"]) for one in sensitivity["blocks"]]
+    for group in sensitivity["groups"]:
+        layers = str(group["layers"]).split(", ")
+        name = layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more"
+        harms += [
+            (f"{name}: {group['width']} to {width}", harm)
+            for width, harm in group["divergence"].items()
+        ]
+    largest = max((harm for _, harm in harms), default=0.0) or 1.0
+    return [
+        {"what": what, "harm": harm, "share": round(100 * harm / largest, 1)}
+        for what, harm in sorted(harms, key=lambda one: one[1])
+    ]
+
+
 def class_changes(rows: Sequence[Json]) -> dict[str, Any] | None:
     """Return classes with their accuracy's change; of many, those that changed most."""
     if not rows:
