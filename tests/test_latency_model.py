@@ -85,6 +85,7 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
     narrow.c2 = nn.Conv2d(8, 8, 1)
     widths = {"c1": {**cost.model.widths["c1"], "out_channels": 4}}
     expected = cost.predict(widths), cost.measure(narrow), cost.measure(narrow, ["c1"])
+    assert cost.speedup(narrow) == pytest.approx(cost.model.measured_ms / expected[1])
     resumed = LatencyCost(
         cost.candidate, TARGET, quantized=True, times=LayerTimes(1), record=cost.record
     )

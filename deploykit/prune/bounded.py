@@ -71,7 +71,7 @@ def prune_to_bound(
     aim = bound
     for _ in range(TRIES):
         plan = _choose(landscape, cost, aim, removed)
-        smaller, notes = _carry_out(module, example, plan, rules)
+        smaller, notes = carry_out(module, example, plan, rules)
         gone = (*removed, *plan.removed)
         measured = cost.measure(smaller, gone)
         if measured <= bound * MISSED:
@@ -95,7 +95,7 @@ def _choose(landscape: Landscape, cost: Cost, bound: float, removed: Sequence[st
     return search(make_choices(landscape.losses, landscape.blocks, makers), price, bound)
 
 
-def _carry_out(
+def carry_out(
     module: nn.Module, example: Tensor, plan: Plan, rules: Rules
 ) -> tuple[nn.Module, PruneNotes]:
     """Build the module that a plan describes, every removal proven."""

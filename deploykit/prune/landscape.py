@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -118,6 +118,22 @@ def survey(
     Raises:
         CompressionError: a pattern fits no module, or the model cannot be traced.
     """
+    found = explore(module, example, rules)
+    sensitivity = Sensitivity(module, example, batches)
+    losses = {
+        root: sensitivity.of_group(group, widths_below(group, rules.channel_multiple))
+        for root, group in found.groups.items()
+    }
+    blocks = {block: sensitivity.of_block(block) for block in found.blocks}
+    return replace(found, losses=losses, blocks=blocks)
+
+
+def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
+    """Find what can be narrowed or removed, without measuring what that harms.
+
+    Raises:
+        CompressionError: a pattern fits no module, or the model cannot be traced.
+    """
     protected = match_modules(module, rules.protect)
     graph = Graph(copy.deepcopy(module), example)
     prunable, left_alone = rank_groups(
@@ -128,17 +144,13 @@ def survey(
         initial_widths=read_widths(module),
         channel_multiple=rules.channel_multiple,
     )
-    sensitivity = Sensitivity(module, example, batches)
     blocks = removable_blocks(module, example) if rules.depth else ()
     return Landscape(
         groups={group.root: group for group in prunable},
         members={group.root: _members(graph, group) for group in prunable},
-        losses={
-            group.root: sensitivity.of_group(group, _widths_below(group, rules.channel_multiple))
-            for group in prunable
-        },
+        losses={},
         blocks={
-            block: sensitivity.of_block(block)
+            block: 0.0
             for block in blocks
             if not any(is_inside(name, [block]) for name in protected)
         },
@@ -168,6 +180,7 @@ def _keys(layer: Any, inputs: bool) -> tuple[str, ...]:
     return ("in_channels",) if inputs else ("out_channels",)
 
 
-def _widths_below(group: Prunable, multiple: int) -> list[int]:
+def widths_below(group: Prunable, multiple: int) -> list[int]:
+    """Return the widths that the group may narrow to, rising."""
     step = channel_step(group, multiple) * group.divisions
     return list(range(step, group.width, step))
