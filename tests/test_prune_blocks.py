@@ -56,7 +56,8 @@ def test_block_that_is_called_twice_stays():
         def forward(self, x):
             return self.block(self.block(x))
 
-    assert removable_blocks(net(Twice()), IMAGE) == ()
+    # All of it may go, but not the half of it.
+    assert removable_blocks(net(Twice()), IMAGE) == ("2",)
 
 
 def test_first_block_of_a_stage_stays_and_the_others_can_go():

@@ -183,7 +183,7 @@ def test_multiply_accumulates_fall_by_what_was_asked(tmp_path, factory, depth):
 
 
 def test_removed_blocks_are_left_out_again_when_rebuilt(deep, tmp_path):
-    pruned = prune(deep, tiny_training(), bounded(macs=2.5), target=TARGET)
+    pruned = prune(deep, tiny_training(), bounded(macs=2.5, channel_multiple=16), target=TARGET)
     assert pruned.structure["removed"]
     save_candidate(pruned, tmp_path / "c")
     loaded = load_candidate(tmp_path / "c", base=tmp_path)
@@ -193,7 +193,7 @@ def test_removed_blocks_are_left_out_again_when_rebuilt(deep, tmp_path):
 
 
 def test_structure_without_its_removed_blocks_would_not_load(deep, tmp_path):
-    pruned = prune(deep, tiny_training(), bounded(macs=2.5), target=TARGET)
+    pruned = prune(deep, tiny_training(), bounded(macs=2.5, channel_multiple=16), target=TARGET)
     whole = {key: value for key, value in pruned.structure.items() if key != "removed"}
     save_candidate(replace(pruned, structure=whole), tmp_path / "c")
     with pytest.raises(ModelError):

@@ -38,6 +38,14 @@ FAULTS = {
         "prune: {channel_ratio: 1.5}",
         "recipe.yaml:6: prune.channel_ratio: expected 0 <= x < 1, got 1.5",
     ),
+    "two bounds": (
+        "prune: {speedup: 2.0, macs: 2.0}",
+        "prune.macs: expected one of speedup, latency_ms, macs, got speedup and macs",
+    ),
+    "gradients and a bound": (
+        "prune: {speedup: 2.0, importance: taylor}",
+        "prune.importance: expected l1 or l2 with speedup, got taylor",
+    ),
     "negative": ("train: {epochs: -1}", "train.epochs: expected integer >= 0, got -1"),
     "text for a number": (
         "train: {batch_size: many}",

@@ -10,13 +10,15 @@ depend on each other, so it is solved again around each solution until nothing c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from deploykit.layer_shapes import is_inside
+
+# Prices a model in which these groups keep so many channels and these blocks are gone.
+Pricing = Callable[[Mapping[str, int], Collection[str]], float]
 
 BINS = 4000  # steps in which costs are counted
 ROUNDS = 8
@@ -55,13 +57,6 @@ class Plan:
     loss: float
     cost: float
     holds: bool
-
-
-class Pricing(Protocol):
-    """The cost of a model in which these groups are narrowed and these blocks are gone."""
-
-    def __call__(self, channels: Mapping[str, int], removed: Collection[str]) -> float:
-        """Return the cost."""
 
 
 def make_choices(
@@ -171,9 +166,10 @@ def _knapsack(
         return [int(found.argmin()) for found in deltas]
     span = sum(float(found.max()) for found in deltas) - sum(least)
     step = max(min(spare, span), 1e-12) / BINS
-    # Rounded up, so that the real cost holds what the counted one holds.
-    weights = [np.ceil((found - low) / step - 1e-9).astype(int)
-               for found, low in zip(deltas, least, strict=True)]  # fmt: skip
+    # Rounded to the nearest: what ends above the bound by that is aimed lower in the next round.
+    weights = [
+        np.rint((found - low) / step).astype(int) for found, low in zip(deltas, least, strict=True)
+    ]
     bins = min(BINS, int(spare / step + 1e-9)) + 1
     losses = np.zeros(bins)
     picks = []

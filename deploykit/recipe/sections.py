@@ -233,8 +233,7 @@ class TrainSection(Section):
     average: AverageSection | None = Field(None, description="mean of the weights")
 
 
-HOW_MUCH = ("speedup", "latency_ms", "macs", "channel_ratio")
-DEFAULT_CHANNEL_RATIO = 0.3
+BOUNDS = ("speedup", "latency_ms", "macs")
 
 
 class RecoverySection(Section):
@@ -252,7 +251,7 @@ class RecoverySection(Section):
 
 
 class PruneSection(RecoverySection):
-    """Removal of channels and of residual blocks; one of the first four says how much."""
+    """Removal of channels and of residual blocks; one of four keys says how much."""
 
     speedup: Annotated[FiniteFloat, Field(ge=1)] | None = Field(
         None,
@@ -264,8 +263,8 @@ class PruneSection(RecoverySection):
     macs: Annotated[FiniteFloat, Field(ge=1)] | None = Field(
         None, description="times fewer multiply-accumulates; to compare with"
     )
-    channel_ratio: Fraction | None = Field(
-        None, description="share of the channels to remove; 0.3 where nothing says how much"
+    channel_ratio: Fraction = Field(
+        0.3, description="share of the channels to remove, where none of the three above counts"
     )
     depth: bool = Field(
         True, description="speedup, latency_ms, macs: whole residual blocks may go as well"
@@ -284,11 +283,13 @@ class PruneSection(RecoverySection):
 
     @model_validator(mode="after")
     def _one_says_how_much(self) -> Self:
-        given = [key for key in HOW_MUCH if getattr(self, key) is not None]
+        given = [key for key in BOUNDS if getattr(self, key) is not None]
         if len(given) > 1:
-            raise ValueError(f"prune.{given[1]}: expected one of {', '.join(HOW_MUCH)}, got "
-                             f"{' and '.join(given)}; remove all but one")  # fmt: skip
-        if self.importance == "taylor" and given and given != ["channel_ratio"]:
+            raise ValueError(
+                f"prune.{given[1]}: expected one of {', '.join(BOUNDS)}, got "
+                f"{' and '.join(given)}; remove all but one"
+            )
+        if self.importance == "taylor" and given:
             raise ValueError(
                 f"prune.importance: expected l1 or l2 with {given[0]}, got taylor; change it"
             )
@@ -297,10 +298,10 @@ class PruneSection(RecoverySection):
     @property
     def how_much(self) -> tuple[str, float]:
         """The key that says how much is pruned, and its value."""
-        for key in HOW_MUCH:
+        for key in BOUNDS:
             if (value := getattr(self, key)) is not None:
                 return key, value
-        return "channel_ratio", DEFAULT_CHANNEL_RATIO
+        return "channel_ratio", self.channel_ratio
 
 
 class QuantizeSection(RecoverySection):
