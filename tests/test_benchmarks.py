@@ -89,3 +89,26 @@ def test_hidden_files_are_not_taken_for_published_ones(load, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [path.name for path in kill.published_files(tmp_path)] == ["a.json"]
+
+
+def examined(eight_bit, refusal):
+    answers = {"fp32": [0, 1], "8-bit": eight_bit, "7-bit": [0, 1]}
+    ones = dict.fromkeys(answers, 1.0)
+    return {
+        "answers": answers,
+        "correct": ones,
+        "latency_ms": ones,
+        "speedup": ones,
+        "refusal": refusal,
+    }
+
+
+def test_portability_promises_what_both_cpus_can_show(load):
+    portability = load("portability")
+    here, there = examined([0, 1], ""), examined([1, 1], "differs")
+    assert all(figure.holds for figure in portability.figures_of(here, None))
+    assert all(figure.holds for figure in portability.figures_of(here, there))
+    there["answers"]["7-bit"] = [1, 1]
+    there["refusal"] = ""
+    fallen = [one.name for one in portability.figures_of(here, there) if not one.holds]
+    assert fallen == ["7-bit, equal answers on both", "8-bit bundle refused without"]
