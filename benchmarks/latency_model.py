@@ -21,7 +21,7 @@ from torch import nn
 
 from deploykit.artifacts import Candidate, Signature, TensorSpec
 from deploykit.latency_model import LatencyCost
-from deploykit.measure.layers import LayerTimes
+from deploykit.measure.layer_times import LayerTimes
 from deploykit.models.digits_cnn import digits_cnn
 from deploykit.models.resnet_cifar import resnet_cifar
 from deploykit.prune.bounded import carry_out

@@ -24,7 +24,7 @@ from deploykit.exporter import export_onnx
 from deploykit.fusion import FLOAT_LAYERS, INTEGER_LAYERS, fused_operators, written_names
 from deploykit.layer_shapes import LayerShape, is_inside, layer_shapes
 from deploykit.measure import Latency, measure_latency
-from deploykit.measure.layers import LayerTimes
+from deploykit.measure.layer_times import LayerTimes
 from deploykit.measure.profile import NodeTime, profile_nodes
 from deploykit.publish import write_json
 from deploykit.quantize import calibrate

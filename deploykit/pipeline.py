@@ -21,7 +21,7 @@ from deploykit.errors import BudgetError, DataError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
-from deploykit.measure.layers import LayerTimes
+from deploykit.measure.layer_times import LayerTimes
 from deploykit.precision import convert
 from deploykit.progress import Progress
 from deploykit.prune import prune

@@ -9,7 +9,7 @@ from torch import nn
 from deploykit import latency_model
 from deploykit.latency_model import LatencyCost, LatencyModel, Part
 from deploykit.layer_shapes import layer_shapes
-from deploykit.measure.layers import LayerTimes
+from deploykit.measure.layer_times import LayerTimes
 from deploykit.widths import read_widths
 
 
@@ -91,7 +91,7 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
     )
     for name in ("measure_latency", "profile_nodes"):  # would fail if they were called
         monkeypatch.setattr(latency_model, name, None)
-    monkeypatch.setattr("deploykit.measure.layers._measure", None)
+    monkeypatch.setattr("deploykit.measure.layer_times._measure", None)
     assert (resumed.predict(widths), resumed.measure(narrow), resumed.measure(narrow, ["c1"])) == (
         expected
     )

@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 
 from deploykit.layer_shapes import LayerShape
-from deploykit.measure import layers
-from deploykit.measure.layers import REFERENCE, LayerTimes, layer_model
+from deploykit.measure import layer_times as layers
+from deploykit.measure.layer_times import REFERENCE, LayerTimes, layer_model
 from deploykit.measure.profile import Profiler
 
 CONV = LayerShape("conv", 16, 32, (8, 8), 1, (3, 3), (2, 2), (1, 1), (1, 1))
