@@ -164,7 +164,10 @@ class LatencyCost:
             module: the pruned module.
             removed: blocks that are gone from it.
         """
-        return self.model.measured_ms / self.speedup(module, removed)
+        whole = self.model.measured_ms
+        if module is self.candidate.module:
+            return whole
+        return whole / self.speedup(module, removed)
 
     def speedup(self, module: nn.Module, removed: Collection[str] = ()) -> float:
         """Return how many times faster than the whole model a pruned one is, as they ship."""
@@ -236,17 +239,18 @@ class LatencyCost:
                     "parts": [asdict(part) for part in profile.parts],
                     "integer": sorted(profile.integer),
                 },
-                "layers": self.times.costs,
+                "layers": {key: self.times.costs[key] for key in sorted(self.times.asked)},
                 "speedups": self._speedups,
             },
         )
 
     def _read(self) -> None:
         """Take up the record, once."""
-        if self._known or self.record is None or not self.record.exists():
-            self._known = True
+        if self._known:
             return
         self._known = True
+        if self.record is None or not self.record.exists():
+            return
         found = json.loads(self.record.read_text(encoding="utf-8"))
         self.times.costs.update(found["layers"])
         self._speedups.update(found["speedups"])

@@ -1,8 +1,6 @@
 import json
 
-import numpy as np
 import pytest
-import torch
 from tiny_quantized import EXAMPLE, TARGET, candidate_of, plain, settled
 from torch import nn
 
@@ -99,8 +97,5 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
 
 
 @pytest.mark.slow
-def test_smaller_model_measures_faster(cost):
-    torch.manual_seed(0)
-    whole = cost.measure(cost.candidate.module)
-    assert whole == pytest.approx(cost.model.measured_ms, rel=0.5)
-    assert np.isfinite(whole)
+def test_whole_model_is_not_timed_against_itself(cost):
+    assert cost.measure(cost.candidate.module) == cost.model.measured_ms

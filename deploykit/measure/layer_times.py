@@ -42,12 +42,14 @@ class LayerTimes:
         path: the file; None keeps nothing.
         costs: what is known, by the key of the shape.
         measured: how many shapes this object has measured.
+        asked: the keys of the shapes that it was asked for.
     """
 
     threads: int
     path: Path | None = None
     costs: dict[str, float] = field(default_factory=dict)
     measured: int = 0
+    asked: set[str] = field(default_factory=set)
 
     @classmethod
     def open(cls, folder: Path | None, threads: int) -> LayerTimes:
@@ -62,6 +64,7 @@ class LayerTimes:
     def ask(self, shapes: Iterable[LayerShape]) -> Mapping[LayerShape, float]:
         """Return the cost of each shape; what is not known is measured."""
         wanted = list(dict.fromkeys(shapes))
+        self.asked.update(shape.key for shape in wanted)
         missing = [shape for shape in wanted if shape.key not in self.costs]
         for start in range(0, len(missing), SESSIONS):
             self.costs.update(_measure(missing[start : start + SESSIONS], self.threads))
