@@ -341,7 +341,7 @@ def fake_stage(name, path, correct=(True, True, False, False), size=100):
         name=name,
         model=SimpleNamespace(path=file),
         validation=evaluation,
-        candidate=SimpleNamespace(notes={}, structure={}),
+        candidate=SimpleNamespace(notes={}, structure={}, module=None),
     )
 
 
@@ -490,9 +490,9 @@ def broken_budget(tmp_path_factory):
     recipe = parse_recipe(CALIBRATED, ["budget.min_speedup=1000"])
     seen = []
 
-    def deciding(*arguments):
+    def deciding(*arguments, **options):
         seen.append(json.loads((out / "measurements.json").read_text())["stages"])
-        return stage_decision(*arguments)
+        return stage_decision(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         measure_quickly(patch)
