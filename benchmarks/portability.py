@@ -53,7 +53,8 @@ MODELS = {"fp32": "run/onnx/train.onnx", "8-bit": "8-bit/model.onnx", "7-bit": "
 def run(*command: object, **options: Any) -> str:
     """Run a command that must succeed; return what it printed."""
     words = [str(word) for word in command]
-    return subprocess.run(words, check=True, capture_output=True, text=True, **options).stdout
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, **options)
+    return done.stdout
 
 
 def make_models(folder: Path, data: Path, weights: Path, limit: int) -> None:

@@ -19,7 +19,6 @@ from deploykit.precision import convert_floats, precision_of
 from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
 from deploykit.quantization.graphs import quiet
-from deploykit.quantization.recurrent import quantize_recurrent
 from deploykit.quantization.rules import kernels, module_of
 
 OPSET = 20
@@ -48,11 +47,6 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     graph = candidate_graph(candidate)
     proto = _to_onnx(candidate, graph)
     _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
-    quantization = candidate.structure.get("quantization")
-    if quantization:
-        with quiet():
-            keep_float = frozenset(quantization.get("keep_float", ()))
-            proto = quantize_recurrent(proto, graph.graph, keep_float)
     proto = convert_floats(proto, precision_of(candidate))
     _strip(proto)
     proto.graph.name = name

@@ -219,9 +219,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
         stage = _proved(
             work,
             started,
-            lambda: calibrate(
-                before.candidate, samples, target=target, keep_float=section.keep_float
-            ),
+            lambda: calibrate(before.candidate, samples, target=target),
         )
         if section.mode == "ptq":
             return stage, why
@@ -238,7 +236,6 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             section,
             target=target,
             teacher=baseline.candidate.module,
-            keep_float=section.keep_float,
         ),
     )
     return stage, f"qat: {why}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +19,9 @@ from deploykit.quantization.graphs import (
     quiet,
     read_parameters,
     set_graph_mode,
-    trace,
     training_graph,
 )
-from deploykit.quantization.rules import Parameters, match_layers
+from deploykit.quantization.quantizer import Parameters
 from deploykit.recipe.sections import QuantizeSection
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input
@@ -34,13 +33,7 @@ if TYPE_CHECKING:
 CALIBRATION_BATCH = 32
 
 
-def calibrate(
-    candidate: Candidate,
-    samples: np.ndarray,
-    *,
-    target: Target,
-    keep_float: Sequence[str] = (),
-) -> Candidate:
+def calibrate(candidate: Candidate, samples: np.ndarray, *, target: Target) -> Candidate:
     """Quantize after training: watch the ranges of activations on raw training samples.
 
     Args:
@@ -49,21 +42,19 @@ def calibrate(
             They stream through in small batches and leave only histograms, so that memory does
             not grow with their number.
         target: decides the integer types.
-        keep_float: shell patterns over the names of modules whose layers stay in float.
 
     Raises:
-        CompressionError: the model has nothing that runs in integers, or a pattern fits no layer.
+        CompressionError: the model has nothing that runs in integers.
     """
     from deploykit.data.pixels import normalize
 
-    exact, example = exact_inputs(candidate, target), example_input(candidate, batch=2)
-    kept = _kept(candidate, keep_float)
-    graph = calibration_graph(candidate.module, example, target, exact, kept)
+    exact = exact_inputs(candidate, target)
+    graph = calibration_graph(candidate.module, example_input(candidate, batch=2), target, exact)
     with torch.no_grad(), quiet():
         for start in range(0, len(samples), CALIBRATION_BATCH):
             batch = torch.from_numpy(np.array(samples[start : start + CALIBRATION_BATCH]))
             graph(normalize(batch, candidate.signature.preprocess))
-    return _quantized(candidate, candidate.module, read_parameters(graph), target, kept, "ptq", {})
+    return _quantized(candidate, candidate.module, read_parameters(graph), target, "ptq", {})
 
 
 def calibration_rows(count: int, section: QuantizeSection, seed: int) -> np.ndarray:
@@ -79,7 +70,6 @@ def train_quantized(
     *,
     target: Target,
     teacher: nn.Module | None = None,
-    keep_float: Sequence[str] = (),
 ) -> Candidate:
     """Quantize in training: the model learns weights and ranges that integers serve well.
 
@@ -88,22 +78,20 @@ def train_quantized(
     arithmetic that ships.
 
     Args:
-        candidate: a float candidate.
-        training: data, seed and device.
-        section: how long, and at which rate.
+        candidate: a float candidate; left as it is.
+        training: data and plan.
+        section: epochs, rate, when statistics stand still.
         target: decides the integer types.
-        keep_float: shell patterns over the names of modules whose layers stay in float.
         teacher: a float module whose answers are learned from where the section says so; the
             candidate's own by default.
 
     Raises:
-        CompressionError: the model has nothing that runs in integers, or a pattern fits no layer.
+        CompressionError: the model has nothing that runs in integers.
     """
     from deploykit.train import distillation, fit, recovery_plan
 
-    exact, example = exact_inputs(candidate, target), example_input(candidate, batch=2)
-    kept = _kept(candidate, keep_float)
-    graph = training_graph(candidate.module, example, target, exact, kept)
+    exact = exact_inputs(candidate, target)
+    graph = training_graph(candidate.module, example_input(candidate, batch=2), target, exact)
     plan = recovery_plan(training.plan, section)
     taught = distillation(teacher or candidate.module, training, plan) if section.distill else None
     result = fit(
@@ -122,13 +110,7 @@ def train_quantized(
         {name: trained.get(name, old) for name, old in module.state_dict().items()}
     )
     notes = {"recovery": [result.to_json()]}
-    return _quantized(candidate, module, read_parameters(graph), target, kept, "qat", notes)
-
-
-def _kept(candidate: Candidate, patterns: Sequence[str]) -> frozenset[str]:
-    if not patterns:
-        return frozenset()
-    return match_layers(trace(candidate.module, example_input(candidate, batch=2)).graph, patterns)
+    return _quantized(candidate, module, read_parameters(graph), target, "qat", notes)
 
 
 def _freezing(section: QuantizeSection, epochs: int) -> Callable[[nn.Module, int, int], None]:
@@ -146,7 +128,6 @@ def _quantized(
     module: nn.Module,
     parameters: dict[str, Parameters],
     target: Target,
-    keep_float: frozenset[str],
     mode: str,
     notes: JsonDict,
 ) -> Candidate:
@@ -158,7 +139,6 @@ def _quantized(
     quantization = {
         "target": target.name,
         "mode": mode,
-        "keep_float": sorted(keep_float),
         "parameters": {key: list(value) for key, value in parameters.items()},
     }
     return Candidate(

@@ -438,6 +438,7 @@ def test_nothing_is_run_where_the_bundle_was_verified(tiny, monkeypatch):
 
 def test_a_named_cpu_that_answers_the_same_is_silent(tmp_path, monkeypatch, capsys):
     bundle = portable(tmp_path, OTHER)
+    capsys.readouterr()
     on_cpu(monkeypatch, OTHER)
     assert runtime.main(["predict", str(bundle / "golden/000.png")], bundle) == 0
     assert capsys.readouterr().err == ""

@@ -71,6 +71,20 @@ class Profiler:
             reason = str(error).splitlines()[0]
             raise ModelError(f"ONNX Runtime cannot open the model: {reason}") from error
 
+    @classmethod
+    def of(cls, model: OnnxModel, *, threads: int, batch_size: int = 1) -> Profiler:
+        """Open a model's file and feed it an example.
+
+        Raises:
+            ModelError: the file is missing, or ONNX Runtime cannot open it.
+        """
+        try:
+            return cls(model.path.read_bytes(), example_feed(model, batch_size), threads)
+        except OSError as error:
+            raise ModelError(
+                f"{model.path}: ONNX Runtime cannot open the model: {error.strerror}"
+            ) from error
+
     def run(self, times: int) -> None:
         """Run the model so many times."""
         for _ in range(times):
@@ -123,7 +137,7 @@ def profile_nodes(
     Raises:
         ModelError: ONNX Runtime cannot open it.
     """
-    profiler = Profiler(model.path.read_bytes(), example_feed(model, batch_size), threads)
+    profiler = Profiler.of(model, threads=threads, batch_size=batch_size)
     profiler.run(WARM_UP_RUNS + runs)
     reads = profiler.readers()
     return [

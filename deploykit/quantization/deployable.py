@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate
 from deploykit.quantization.graphs import integer_graph, trace
-from deploykit.quantization.rules import Parameters
+from deploykit.quantization.quantizer import Parameters
 from deploykit.runtime import zero_point_and_scale
 from deploykit.structure import example_input
 from deploykit.targets import Target, resolve_target
@@ -56,7 +56,7 @@ class FromPixels(nn.Module):
         return answer
 
     def _computed(self, image: Tensor) -> Tensor:
-        pixels = _channels_first(image).float()
+        pixels = _channels_first(image.float())
         return (pixels - self.zero_points.view(1, -1, 1, 1)) * self.scales.view(1, -1, 1, 1)
 
     def _dequantized(self, image: Tensor) -> Tensor:
@@ -99,25 +99,14 @@ def candidate_graph(candidate: Candidate) -> GraphModule:
         ModelError: the module cannot be traced.
         CompressionError: the quantization parameters do not fit the module.
     """
-    if not candidate.structure.get("quantization"):
-        return trace(candidate.module, example_input(candidate, batch=2))
-    return integer_graph(*quantized_with(candidate))
-
-
-def quantized_with(
-    candidate: Candidate,
-) -> tuple[nn.Module, Tensor, Target, dict[str, Parameters], dict[str, Parameters], frozenset[str]]:
-    """Return what makes the graphs of a quantized candidate: the arguments of `integer_graph`."""
-    quantization = candidate.structure["quantization"]
+    example = example_input(candidate, batch=2)
+    quantization = candidate.structure.get("quantization")
+    if not quantization:
+        return trace(candidate.module, example)
     target = resolve_target(quantization["target"])
-    return (
-        candidate.module,
-        example_input(candidate, batch=2),
-        target,
-        {key: (scale, zero) for key, (scale, zero) in quantization["parameters"].items()},
-        exact_inputs(candidate, target),
-        frozenset(quantization.get("keep_float", ())),
-    )
+    parameters = {key: (scale, zero) for key, (scale, zero) in quantization["parameters"].items()}
+    exact = exact_inputs(candidate, target)
+    return integer_graph(candidate.module, example, target, parameters, exact)
 
 
 def deployable(candidate: Candidate, graph: nn.Module) -> nn.Module:

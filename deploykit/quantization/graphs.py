@@ -30,22 +30,15 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
 
     from deploykit.quantization.quantizer import (
         Exact,
+        Parameters,
         calibration_quantizer,
         integer_quantizer,
         training_quantizer,
     )
 
 from deploykit.errors import CompressionError, ModelError
-from deploykit.quantization.canonical import canonicalize, decompose
-from deploykit.quantization.rules import (
-    DROPOUTS,
-    LONE_NORM,
-    NORM,
-    Parameters,
-    align,
-    quantized_tensors,
-)
-from deploykit.quantization.spellings import spell_integers
+from deploykit.quantization.canonical import canonicalize, pad_integers
+from deploykit.quantization.rules import DROPOUTS, LONE_NORM, NORM, quantized_tensors
 from deploykit.targets import Target
 
 aten = torch.ops.aten
@@ -79,39 +72,27 @@ def trace(module: nn.Module, example: Tensor) -> GraphModule:
         ) from error
 
 
-def training_graph(
-    module: nn.Module,
-    example: Tensor,
-    target: Target,
-    exact: Exact,
-    keep_float: frozenset[str] = frozenset(),
-) -> GraphModule:
+def training_graph(module: nn.Module, example: Tensor, target: Target, exact: Exact) -> GraphModule:
     """Return a graph that trains as if its weights and activations were integers.
 
     BatchNorm takes part as in training of the float module: its scale is folded into the
     weight before that is quantized (Jacob et al. 2018, section 3.2).
     """
-    graph = decompose(trace(module, example))
+    graph = trace(module, example)
     norms = {_norm_name(node): _norm_constants(module, node) for node in _norms(graph)}
     with quiet():
-        prepared: GraphModule = prepare_qat_pt2e(
-            graph, training_quantizer(target, exact, keep_float)
-        )
+        prepared: GraphModule = prepare_qat_pt2e(graph, training_quantizer(target, exact))
     _restore_norm_constants(prepared, norms)
     return prepared
 
 
 def calibration_graph(
-    module: nn.Module,
-    example: Tensor,
-    target: Target,
-    exact: Exact,
-    keep_float: frozenset[str] = frozenset(),
+    module: nn.Module, example: Tensor, target: Target, exact: Exact
 ) -> GraphModule:
     """Return a float graph that watches the ranges of what will be quantized."""
     with quiet():
         prepared: GraphModule = prepare_pt2e(
-            decompose(trace(module, example)), calibration_quantizer(target, exact, keep_float)
+            trace(module, example), calibration_quantizer(target, exact)
         )
     return prepared
 
@@ -122,7 +103,6 @@ def integer_graph(
     target: Target,
     parameters: Mapping[str, Parameters],
     exact: Exact,
-    keep_float: frozenset[str] = frozenset(),
 ) -> GraphModule:
     """Return the graph that ships: integer weights, quantize/dequantize pairs, BatchNorm folded.
 
@@ -130,40 +110,8 @@ def integer_graph(
         CompressionError: a tensor has no parameters, or parameters have no tensor: they come
             from another model or another torch.
     """
-    prepared = rounding_graph(module, example, target, parameters, exact, keep_float, moved=True)
-    with quiet(), torch.no_grad():
-        converted: GraphModule = convert_pt2e(prepared, fold_quantize=True)
-    # Other runtimes than ONNX Runtime's CPU kernels know arithmetic between pairs only.
-    return spell_integers(converted) if target.activation_dtype == "uint8" else converted
-
-
-def rounding_graph(
-    module: nn.Module,
-    example: Tensor,
-    target: Target,
-    parameters: Mapping[str, Parameters],
-    exact: Exact,
-    keep_float: frozenset[str],
-    *,
-    moved: bool,
-) -> GraphModule:
-    """Return a float graph with a module, which knows how to round, wherever integers round.
-
-    Args:
-        module: takes one tensor like ``example``.
-        example: ``(N, ...)`` with N >= 2.
-        target: decides the integer types.
-        parameters: of every quantized tensor, by key.
-        exact: parameters of tensors that are integers as they come.
-        keep_float: names of modules whose layers stay in float.
-        moved: whether values that were only moved are rounded again.
-
-    Raises:
-        CompressionError: as `integer_graph`.
-    """
-    graph = decompose(trace(module, example))
-    tensors = quantized_tensors(graph.graph, keep_float)
-    wanted = {tensor.key for tensor in tensors} - set(exact)
+    graph = trace(module, example)
+    wanted = {tensor.key for tensor in quantized_tensors(graph.graph)} - set(exact)
     if wanted != set(parameters):
         missing, extra = sorted(wanted - set(parameters)), sorted(set(parameters) - wanted)
         raise CompressionError(
@@ -173,10 +121,10 @@ def rounding_graph(
             layer=(missing or extra)[0],
         )
     with quiet(), torch.no_grad():
-        quantizer = integer_quantizer(target, parameters, exact, keep_float, moved=moved)
-        prepared: GraphModule = prepare_pt2e(graph, quantizer)
+        prepared = prepare_pt2e(graph, integer_quantizer(target, parameters, exact))
         prepared(example)  # the weights' observers look once
-    return prepared
+        converted: GraphModule = convert_pt2e(prepared, fold_quantize=True)
+    return pad_integers(converted)
 
 
 def read_parameters(prepared: GraphModule) -> dict[str, Parameters]:
@@ -195,10 +143,7 @@ def read_parameters(prepared: GraphModule) -> dict[str, Parameters]:
                 layer=str(module.tensor_key).partition(":")[0],
             )
         scale, zero_point = module.calculate_qparams()  # type: ignore[operator]
-        found = float(scale.item()), int(zero_point.item())
-        if module.aligned and seen.dtype is torch.uint8:
-            found = align(*found, seen.quant_min, seen.quant_max)
-        parameters[str(module.tensor_key)] = found
+        parameters[str(module.tensor_key)] = (float(scale.item()), int(zero_point.item()))
     return dict(sorted(parameters.items()))
 
 

@@ -314,7 +314,6 @@ class QuantizeSection(RecoverySection):
     freeze_statistics: Fraction = Field(
         0.5, description="share of the epochs after which BatchNorm and ranges stand still"
     )
-    keep_float: Patterns = Field((), description="shell patterns of modules to leave in float")
 
 
 class VerifySection(Section):
