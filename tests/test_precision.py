@@ -64,10 +64,11 @@ def proved(candidate, path, samples=PIXELS):
 
 
 def weight_bytes(model):
+    """Count the weights; single numbers, as normalization has them, stay aside."""
     return sum(
         len(tensor.raw_data)
         for tensor in onnx.load(model.path).graph.initializer
-        if len(tensor.dims) > 1
+        if len(tensor.dims) > 1 and np.prod(tensor.dims) > 1
     )
 
 
