@@ -26,6 +26,7 @@ def make_report(
     final: Stage,
     decisions: Sequence[Decision],
     commands: Sequence[str],
+    trials: Sequence[JsonDict] = (),
 ) -> Report:
     """Draw everything together; reads the test split, for the first and the final stage only."""
     baseline = stages[0]
@@ -53,7 +54,10 @@ def make_report(
         },
         budget=budget,
         decisions=tuple(decision.to_json() for decision in decisions),
-        details=_details(recipe, dataset, stages, measured, final, test, commands),
+        details={
+            **_details(recipe, dataset, stages, measured, final, test, commands),
+            "trials": list(trials),
+        },
     )
 
 

@@ -135,15 +135,16 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
     return measured
 
 
-def read_measurements(path: Path) -> dict[str, JsonDict]:
-    """Return the stages of a ``measurements.json``, to decide by them again.
+def read_measurements(path: Path) -> list[dict[str, JsonDict]]:
+    """Return the stages of each trial in a ``measurements.json``, to decide by them again.
 
     Raises:
         UsageError: it is no such file.
     """
     try:
-        stages: dict[str, JsonDict] = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        for measured in stages.values():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        trials: list[dict[str, JsonDict]] = content.get("trials") or [content["stages"]]
+        for measured in [one for stages in trials for one in stages.values()]:
             int(measured["peak_memory_bytes"])
             for batch in BATCHES:
                 Latency.from_json(measured["latency"][batch])
@@ -152,7 +153,7 @@ def read_measurements(path: Path) -> dict[str, JsonDict]:
             f"--latency-table: {path}: expected the measurements.json of a run, got "
             f"{type(error).__name__}: {error}; name one"
         ) from error
-    return stages
+    return trials
 
 
 def describe(stage: Stage, measured: JsonDict) -> JsonDict:
