@@ -69,6 +69,12 @@ class LayerShape:
         return replace(self, inputs=inputs, outputs=output_width(widths), groups=groups)
 
 
+def layers_of(module: nn.Module) -> list[str]:
+    """Return the names of a module's convolutions and linear layers, in order."""
+    kinds = nn.modules.conv._ConvNd | nn.Linear
+    return [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
+
+
 def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
     """Return the shape of each convolution and linear layer that a forward pass calls.
 
@@ -85,9 +91,7 @@ def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
         return hook
 
     hooks = [
-        layer.register_forward_hook(note(name))
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+        module.get_submodule(name).register_forward_hook(note(name)) for name in layers_of(module)
     ]
     try:
         with torch.no_grad(), evaluating(module):

@@ -91,6 +91,7 @@ def _details(
         "model": _shipped(final, recipe),
         "input": dict(stages[0].candidate.notes["input"]),
         "normalization": measured[final.name].get("normalization"),
+        "layers_ms": _layers_ms(measured[stages[0].name], measured[final.name]),
         "warnings": [*dataset.warnings, *_floats(fusion)],
         "commands": list(commands),
     }
@@ -108,6 +109,17 @@ def _details(
     if fusion is not None:
         details["fusion"] = fusion
     return details
+
+
+def _layers_ms(before: JsonDict, after: JsonDict) -> list[JsonDict]:
+    """Set what each layer takes at batch 1 before and after beside each other."""
+    old, new = before.get("layers_ms", {}), after.get("layers_ms", {})
+    return [
+        {"layer": layer, "before": old.get(layer), "after": new.get(layer)}
+        for layer in sorted(
+            {**old, **new}, key=lambda layer: (not layer, [*old, *new].index(layer))
+        )
+    ]
 
 
 def _fits(stage: Stage) -> list[tuple[str, JsonDict]]:

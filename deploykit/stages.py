@@ -14,6 +14,8 @@ from deploykit.data import Dataset
 from deploykit.errors import UsageError
 from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
+from deploykit.latency_parts import latency_by_layer
+from deploykit.layer_shapes import layers_of
 from deploykit.measure import (
     Evaluation,
     Latency,
@@ -127,6 +129,13 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         }
         for stage in stages
     }
+    for stage in stages if on_cpu else ():
+        measured[stage.name]["layers_ms"] = latency_by_layer(
+            stage.model,
+            layers_of(stage.candidate.module),
+            threads=recipe.threads,
+            measured_ms=latency[stage.name]["1"].median_ms,
+        )
     for stage in stages:
         if stage.model.signature.takes_images and on_cpu:
             measured[stage.name]["normalization"] = measure_normalization(

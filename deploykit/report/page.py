@@ -20,7 +20,14 @@ from deploykit.report.headline import (
     tiles,
     verdict,
 )
-from deploykit.report.tables import class_changes, confusions, harm_bars, trained_spans, width_bars
+from deploykit.report.tables import (
+    class_changes,
+    confusions,
+    harm_bars,
+    latency_bars,
+    trained_spans,
+    width_bars,
+)
 
 Json = Mapping[str, Any]
 
@@ -38,7 +45,16 @@ def render(report: Json) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    names = ("percent", "points", "milliseconds", "times", "size", "count", "seconds")
+    names = (
+        "percent",
+        "points",
+        "milliseconds",
+        "short_milliseconds",
+        "times",
+        "size",
+        "count",
+        "seconds",
+    )
     environment.filters.update({name: getattr(wording, name) for name in names})
     environment.filters.update(
         times_interval=wording.times_interval, points_interval=wording.points_interval
@@ -61,6 +77,7 @@ def render(report: Json) -> str:
         removed=(details.get("pruning") or {}).get("removed") or (),
         bounds=(details.get("pruning") or {}).get("bounds") or (),
         harms=harm_bars((details.get("pruning") or {}).get("sensitivity")),
+        layers_ms=latency_bars(details.get("layers_ms") or ()),
         fusion=_fusion(details.get("fusion")),
         classes=class_changes(details.get("per_class") or ()),
         confusions=confusions(details),
