@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.artifacts import JsonDict
-from deploykit.models.attention import replace_attention
+from deploykit.models.attention import HeadAttention, can_replace, replace_attention
 
 # What pruning changes on a layer; torch's own layers keep their sizes under these names.
 ATTRIBUTES = (
@@ -30,7 +30,11 @@ def read_widths(module: nn.Module) -> dict[str, dict[str, int | list[int]]]:
     Torch's layers have width attributes. Of a model's own modules these are the whole numbers
     that they hold, since some count channels, and the shapes of parameters outside any layer.
     """
-    found = {name: _widths(part) for name, part in module.named_modules()}
+    found = {}
+    for name, part in module.named_modules():
+        found[name] = _widths(part)
+        if can_replace(part):  # it reads as what stands for it once heads are gone
+            found[f"{name}.in_proj"] = _widths(HeadAttention(part).in_proj)
     return {name: widths for name, widths in found.items() if widths}
 
 
@@ -52,7 +56,9 @@ def set_widths(module: nn.Module, widths: Widths) -> None:
     Raises:
         AttributeError: there is no such layer, or it has no such width.
     """
-    replace_attention(module, [name for name, found in widths.items() if "num_heads" in found])
+    replace_attention(
+        module, [name.removesuffix(".in_proj") for name in widths if name.endswith(".in_proj")]
+    )
     for name, attributes in widths.items():
         layer = module.get_submodule(name)
         for key, value in attributes.items():
@@ -104,6 +110,8 @@ def _widths(layer: nn.Module) -> dict[str, int | list[int]]:
     if isinstance(layer, kinds):
         found = {key: getattr(layer, key) for key in ATTRIBUTES if hasattr(layer, key)}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+    if can_replace(layer):
+        return {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
     if not is_custom(layer):
         return {}
     counts = {key: value for key, value in vars(layer).items() if is_count(key, value)}

@@ -195,15 +195,15 @@ def test_wrong_rule_for_padded_shortcuts_never_gives_a_model_that_does_not_run(t
     """The control: without the trial, the last check, a forward pass, still stops it."""
     monkeypatch.setitem(RULES, "constant_pad_nd", lose_track)
     module = resnet_cifar(depth=20, classes=10, sample_shape=(16, 16, 3))
-    options = {"scope": "uniform", "protect": ["layer*.conv1"]}
+    example = torch.randn(2, 3, 16, 16)
     if trial:
-        _, notes = prune(module, torch.randn(2, 3, 16, 16), **options)
+        _, notes = prune(module, example, scope="uniform")
         reasons = [why for label, why in notes.left_alone.items() if label.startswith("conv1,")]
         assert "does not run" in reasons[0]
         return
     monkeypatch.setattr(Twin, "fault", lambda *args: "")
     with pytest.raises(CompressionError, match=r"does not run|expected outputs"):
-        prune(module, torch.randn(2, 3, 16, 16), **options)
+        prune(module, example, scope="uniform")
 
 
 def test_dead_and_equal_weights_do_not_blind_the_trial():

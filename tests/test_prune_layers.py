@@ -260,7 +260,9 @@ def test_what_cannot_be_pruned_is_named_and_the_rest_goes_on(build, whole, narro
     pruned, notes = prune(module)
     assert any(whole in label.split(", ") for label in notes.left_alone)
     assert all(notes.left_alone.values())
-    assert pruned.get_submodule(whole).weight.shape[0] == module.get_submodule(whole).weight.shape[0]
+    assert (
+        pruned.get_submodule(whole).weight.shape[0] == module.get_submodule(whole).weight.shape[0]
+    )
     assert narrowed in notes.widths
 
 
@@ -297,7 +299,10 @@ def test_model_equals_the_one_with_those_heads_at_zero():
     module = make(lambda: Vision(WrittenAttention))
     pruned, _ = prune(module, protect=["patch", "up", "head", "down"])
     rows = module.attention.qkv.weight[:16]
-    kept = [next(i for i in range(16) if torch.equal(rows[i], row)) for row in pruned.attention.qkv.weight[:8]]
+    kept = [
+        next(i for i in range(16) if torch.equal(rows[i], row))
+        for row in pruned.attention.qkv.weight[:8]
+    ]
     gone = torch.tensor([i for i in range(16) if i not in kept])
     assert sorted({i // 4 for i in gone.tolist()}) == sorted(set(range(4)) - {i // 4 for i in kept})
     with torch.no_grad():

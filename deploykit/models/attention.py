@@ -1,8 +1,8 @@
 """Attention whose heads can be fewer than its features would fill."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -70,24 +70,27 @@ class HeadAttention(nn.Module):
             return answer.squeeze(0), weights if weights is None else weights.squeeze(0)
         return answer if self.batch_first else answer.transpose(0, 1), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Iterable[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         if query is key and key is value:
-            return self.in_proj(query).chunk(3, -1)
+            projected: Tensor = self.in_proj(query)
+            return projected.chunk(3, -1)
         weights = self.in_proj.weight.chunk(3)
         biases = [None] * 3 if self.in_proj.bias is None else self.in_proj.bias.chunk(3)
-        return [linear(*all_) for all_ in zip((query, key, value), weights, biases, strict=True)]
+        return [linear(*parts) for parts in zip((query, key, value), weights, biases, strict=True)]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
         """Add both masks up, ``(N, h, tokens, tokens)`` or what broadcasts to it."""
         mask = _additive(mask, like)
         if mask is not None and mask.ndim == 3:
-            mask = mask.unflatten(0, (-1, self.num_heads))
+            mask = mask.reshape(-1, self.num_heads, *mask.shape[1:])
         if padding is None:
             return mask
-        keys = _additive(padding, like).reshape(-1, 1, 1, padding.shape[-1])  # type: ignore[union-attr]
+        keys = _additive(padding, like)
+        assert keys is not None
+        keys = keys.reshape(-1, 1, 1, padding.shape[-1])
         return keys if mask is None else mask + keys
 
 
@@ -99,7 +102,7 @@ def replace_attention(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         part = module.get_submodule(name)
         if can_replace(part):
-            module.set_submodule(name, HeadAttention(part))  # type: ignore[arg-type]
+            module.set_submodule(name, HeadAttention(part))
 
 
 @contextmanager
@@ -113,12 +116,13 @@ def splitting_attention(module: nn.Module) -> Iterator[None]:
     finally:
         for name, attention in before.items():
             now: Any = module.get_submodule(name)
-            same = now.in_proj.weight is attention.in_proj_weight
-            if same and now.out_proj.weight is attention.out_proj.weight:
+            whole: Any = attention
+            same = now.in_proj.weight is whole.in_proj_weight
+            if same and now.out_proj.weight is whole.out_proj.weight:
                 module.set_submodule(name, attention)
 
 
-def can_replace(part: Any) -> bool:
+def can_replace(part: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Tell whether `HeadAttention` can stand for a module."""
     return (
         type(part) is nn.MultiheadAttention
@@ -128,7 +132,7 @@ def can_replace(part: Any) -> bool:
     )
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Any, bias: Any) -> nn.Linear:
     """Return a layer that holds these very parameters."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

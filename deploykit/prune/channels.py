@@ -17,13 +17,14 @@ from deploykit.prune.graph import Graph
 from deploykit.prune.groups import match_modules, rank_groups, set_gradients
 from deploykit.prune.notes import PruneNotes
 from deploykit.prune.selection import Prunable, select_channels
+from deploykit.prune.trace import Example, as_inputs
 from deploykit.prune.trial import Twin
 from deploykit.widths import Widths, output_width, read_widths
 
 
 def prune_channels(
     module: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Example,
     *,
     channel_ratio: float,
     importance: Literal["l1", "l2", "taylor"] = "l2",
@@ -64,7 +65,7 @@ def prune_channels(
         (126549120, 61230464)
     """
     initial = initial_widths or read_widths(module)
-    inputs = example if isinstance(example, tuple) else (example,)
+    inputs = as_inputs(example)
     protected = match_modules(module, protect)
     pruned = copy.deepcopy(module).eval()
     with splitting_attention(pruned):
@@ -75,7 +76,7 @@ def prune_channels(
             twin,
             importance=importance,
             protected=protected,
-            initial_widths={**read_widths(pruned), **initial},
+            initial_widths=initial,
             channel_multiple=channel_multiple,
         )
         select = partial(
@@ -135,7 +136,7 @@ def narrowed(before: Widths, after: Widths) -> dict[str, tuple[int, int]]:
     pairs = {
         name: (output_width(before[name]), output_width(widths))
         for name, widths in after.items()
-        if name in before and ("out_channels" in widths or "out_features" in widths)
+        if "out_channels" in widths or "out_features" in widths
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

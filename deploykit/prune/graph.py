@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deploykit.errors import CompressionError
-from deploykit.prune.trace import PLAIN, Axes, Labels, Trace, trace
+from deploykit.prune.trace import PLAIN, Axes, Example, Labels, Trace, as_inputs, trace
 from deploykit.widths import is_count, is_custom, match_tensors
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -40,7 +40,7 @@ class Group:
     @property
     def width(self) -> int:
         """Outputs of the root."""
-        return self.units.size
+        return int(self.units.size)
 
     @property
     def block(self) -> int:
@@ -51,11 +51,11 @@ class Group:
     @property
     def divisions(self) -> int:
         """Equal parts of the root's outputs that each lose the same."""
-        return self.units.shape[1] // self.block
+        return int(self.units.shape[1]) // self.block
 
 
 class Graph:
-    """The groups of a module, as one forward pass on ``inputs`` shows them.
+    """The groups of a module, as one forward pass on an example shows them.
 
     Dimensions that are cut into parts, such as features into heads, are seen in two ways: as
     parts that go whole, and as channels that go in every part. A set of channels says by itself
@@ -65,8 +65,8 @@ class Graph:
         CompressionError: the module does not run.
     """
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, example: Example) -> None:
+        self.module, inputs = module, as_inputs(example)
         try:
             found = trace(module, inputs)
             traces = [found, trace(module, inputs, whole_parts=True)] if found.parts else [found]
@@ -160,13 +160,11 @@ class Graph:
                 return place, components
         raise ValueError(f"{root}: channels {list(channels)} cannot go without others")
 
-    def _counts(
-        self, module: nn.Module, root: str, removal: Removal
-    ) -> list[tuple[str, str, int]]:
+    def _counts(self, module: nn.Module, root: str, removal: Removal) -> list[tuple[str, str, int]]:
         """Find the numbers of the model's own module around a group that count its channels."""
         place, components = self._view_of(root, removal[root])
         view, lost = self.views[place], self.losses({root: removal[root]})
-        owner = common_module(module, lost)
+        owner = common_module(lost)
         sizes = {
             len(view.leaves[name][dim]): len(view.leaves[name][dim]) - len(indices)
             for name, dims in lost.items()
@@ -286,23 +284,24 @@ def _units(axis: Labels) -> Labels | None:
     return units if np.array_equal(regular.swapaxes(0, 1).reshape(units.shape), units) else None
 
 
-def common_module(module: nn.Module, tensors: Iterable[str]) -> str:
+def common_module(tensors: Iterable[str]) -> str:
     """Name the innermost module that holds all these tensors."""
     paths = [name.split(".")[:-1] for name in tensors]
-    return ".".join(commonprefix(paths))
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 @torch.no_grad()
 def shrink_tensors(module: nn.Module, losses: Mapping[str, Mapping[int, Labels]]) -> None:
-    """Replace tensors of ``module`` by smaller ones, wherever they are shared, and say so."""
+    """Replace tensors of ``module`` by smaller ones, wherever they are shared."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
             if tensor is not None:
                 owners.setdefault(id(tensor), []).append((part, key))
     for name, dims in losses.items():
-        part, _, key = name.rpartition(".")
-        old: Any = getattr(module.get_submodule(part), key)
+        holder, _, key = name.rpartition(".")
+        old: Any = getattr(module.get_submodule(holder), key)
         new = old.detach()
         for dim, indices in dims.items():
             kept = np.setdiff1d(np.arange(new.shape[dim]), indices)
@@ -311,5 +310,5 @@ def shrink_tensors(module: nn.Module, losses: Mapping[str, Mapping[int, Labels]]
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for owner, attribute in owners[id(old)]:
             setattr(owner, attribute, new)
-    for name in {name.rpartition(".")[0] for name in losses}:
-        match_tensors(module.get_submodule(name))
+    for part in module.modules():
+        match_tensors(part)

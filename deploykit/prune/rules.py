@@ -26,17 +26,19 @@ def follow(trace: Trace, operator: Any, args: Any, kwargs: Any, result: Any) -> 
     """Carry the labels from an operator's arguments to its result."""
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(varied(axis) for tensor in inputs for axis in trace.axes(tensor)):
-        return
+        return None
     name = str(operator._schema.name).removeprefix("aten::")
     arguments = _bind(operator, args, kwargs)
     # An operator in place ends in an underscore and follows the rule of the other one.
     rule = RULES.get(name) or RULES.get(name.removesuffix("_")) or _spatial(name)
-    if rule:
-        rule(trace, arguments, result)
-    elif torch.Tag.pointwise in operator.tags:
-        each_entry(trace, {"inputs": inputs}, result)
-    else:
-        _keep_all(trace, inputs, f"{trace.where()}: no pruning through the operator {name}")
+    if not rule and torch.Tag.pointwise in operator.tags:
+        rule, arguments = each_entry, {"inputs": inputs}
+    try:
+        if rule:
+            return rule(trace, arguments, result)
+    except (IndexError, KeyError, TypeError, ValueError):
+        pass  # a form of the operator that its rule does not know
+    return _keep_all(trace, inputs, f"{trace.where()}: no pruning through the operator {name}")
 
 
 def _bind(operator: Any, args: Sequence[Any], kwargs: Arguments) -> Arguments:
@@ -371,7 +373,7 @@ def attention(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
     mask = a.get("attn_mask")
     if mask is not None:
         shape = [*map(len, query), len(tokens), len(key[-2])]
-        padded = tuple([*query, plain(shape[-2]), plain(shape[-1])])
+        padded = (*query, plain(shape[-2]), plain(shape[-1]))
         _tie_broadcast(trace, [padded, trace.axes(mask)], shape)
     trace.assign(result[0], [*query, tokens, value[-1]])
 

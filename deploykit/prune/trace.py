@@ -26,6 +26,7 @@ from deploykit.models.modes import evaluating
 
 Labels = npt.NDArray[np.int64]
 Axes = tuple[Labels, ...]
+Example = Tensor | tuple[Tensor, ...]
 
 # The label of what is no channel: samples, pixels, tokens, single entries.
 PLAIN = 0
@@ -137,16 +138,14 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, whole_parts: bool = Fa
     return labels
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the labels through every operator that runs."""
 
     def __init__(self, labels: Trace, follow: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._labels, self._follow = labels, follow
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self._follow(self._labels, func, args, kwargs or {}, result)
         return result
@@ -182,6 +181,11 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def as_inputs(example: Example) -> tuple[Tensor, ...]:
+    """Return the arguments of a module's forward pass."""
+    return (example,) if isinstance(example, Tensor) else example
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

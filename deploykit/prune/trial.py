@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from deploykit.cost import count_parameters
 from deploykit.prune.graph import Graph, Mask, Removal
-from deploykit.prune.trace import plain_attention, tensors_of
+from deploykit.prune.trace import Example, as_inputs, plain_attention, tensors_of
 
 # Relative to the largest output; true removals agree to about 1e-14 in float64.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -37,10 +37,10 @@ class Twin:
         adjusted: roots whose removal changes counts that the model's own modules hold.
     """
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, module: nn.Module, example: Example) -> None:
         generator = torch.Generator().manual_seed(0)
         self.adjusted: set[str] = set()
-        self._inputs = [_random_input(tensor, generator) for tensor in inputs]
+        self._inputs = tuple(_random_input(tensor, generator) for tensor in as_inputs(example))
         twin = _randomized(copy.deepcopy(module).cpu().float().eval(), generator)
         self._dtype = torch.float64 if count_parameters(twin) <= LARGE else torch.float32
         try:
@@ -58,11 +58,12 @@ class Twin:
         hold (`adjusted`).
         """
         fault = self._fault(removal, self.adjusted & set(removal))
-        if fault and len(removal) == 1 and not self.adjusted.intersection(removal):
-            if not self._fault(removal, removal):
-                self.adjusted.update(removal)
-                return ""
-        return fault
+        if not fault or len(removal) > 1 or self.adjusted.intersection(removal):
+            return fault
+        if self._fault(removal, removal):
+            return fault
+        self.adjusted.update(removal)
+        return ""
 
     def faults(self, removal: Removal) -> dict[str, str]:
         """Say what is wrong with each group, by root; groups without a fault are left out.
@@ -111,7 +112,9 @@ class Twin:
 
     def _open(self, twin: nn.Module) -> Graph:
         twin = twin.to(self._dtype)
-        self._inputs = [x.to(self._dtype) if x.is_floating_point() else x for x in self._inputs]
+        self._inputs = tuple(
+            x.to(self._dtype) if x.is_floating_point() else x for x in self._inputs
+        )
         return Graph(twin, self._inputs)
 
     @torch.no_grad()
@@ -174,11 +177,11 @@ class Twin:
                 module.__dict__.update(state)
 
 
-class _Norms(TorchDispatchMode):
+class _Norms(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets layer and group normalization see the kept channels only, call by call."""
 
     def __init__(self, kept: Sequence[Sequence[Mask]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept = iter(kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -259,5 +262,3 @@ def _randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120]
-
-

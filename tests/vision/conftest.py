@@ -11,5 +11,4 @@ collect_ignore_glob = [] if find_spec("torchvision") and find_spec("timm") else 
 @pytest.fixture(scope="session", autouse=True)
 def _operators():
     """Define torchvision's operators for as long as the tests run, where they are missing."""
-    library = define_operators()
-    yield library
+    return define_operators()
