@@ -1,0 +1,520 @@
+"""Every family of layers: pruned rightly, rebuilt bit for bit, and a planted mistake is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from deploykit.models.attention import HeadAttention
+from deploykit.prune import prune_channels, rules
+from deploykit.prune.trial import Twin
+from deploykit.widths import changed_widths, read_widths, set_widths
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Vision(nn.Module):
+    """A transformer with all that vision transformers keep outside their layers."""
+
+    def __init__(self, attention, features=16):
+        super().__init__()
+        self.features = features
+        self.patch = nn.Conv2d(3, features, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, features))
+        self.position = nn.Parameter(torch.randn(1, 5, features))
+        self.norm = nn.LayerNorm(features)
+        self.attention = attention()
+        self.scale = nn.Parameter(torch.randn(features))
+        self.up, self.down = nn.Linear(features, 32), nn.Linear(32, features)
+        self.head = nn.Linear(features, 5)
+
+    def forward(self, x):
+        x = self.patch(x).reshape(len(x), self.features, 4).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        x = x + self.scale * self.attention(self.norm(x))
+        return self.head((x + self.down(functional.gelu(self.up(x))))[:, 0])
+
+
+class TorchAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class WrittenAttention(nn.Module):
+    """Heads and their features are attributes, as in timm; every head has a bias by distance."""
+
+    def __init__(self, fused=True):
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim, self.fused = 4, 4, 16, fused
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.table = nn.Parameter(torch.randn(9, 4))
+        self.register_buffer("index", torch.arange(25) % 9)
+
+    def forward(self, x):
+        n, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index].view(5, 5, -1).permute(2, 0, 1).unsqueeze(0)
+        if self.fused:
+            x = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            x = ((q @ k.transpose(-2, -1)) * 0.5 + bias).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, self.attn_dim))
+
+
+class TiedAttention(nn.Module):
+    """The size of a head follows from the width of the stream, as in Swin: no head can go."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        n, tokens, c = x.shape
+        qkv = functional.linear(x, self.qkv.weight, self.qkv.bias)
+        qkv = qkv.reshape(n, tokens, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = (q @ k.transpose(-2, -1) * (c // self.num_heads) ** -0.5).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, c))
+
+
+class Between(nn.Module):
+    """Two convolutions with layers between them, and a head."""
+
+    def __init__(self, *layers, width=16, readers=16):
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.between = nn.Sequential(*layers)
+        self.last = nn.Conv2d(readers, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.last(self.between(self.first(x))).mean((2, 3)))
+
+
+class Does(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Shuffle(nn.Module):
+    """A ShuffleNet unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        )
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        x = torch.cat([first, self.branch(second)], 1)
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def make(build):
+    torch.manual_seed(0)
+    return build()
+
+
+def prune(module, example=IMAGE, **options):
+    return prune_channels(module, example, channel_ratio=0.5, scope="uniform", **options)
+
+
+def answers(module, *inputs):
+    with torch.no_grad():
+        return module.eval()(*inputs)
+
+
+def rebuilt(build, module, pruned):
+    """Return the pruned module as another process would make it."""
+    fresh = build()
+    set_widths(fresh, changed_widths(read_widths(module), read_widths(pruned)))
+    fresh.load_state_dict(pruned.state_dict())
+    return fresh
+
+
+def glu(x):
+    return functional.glu(x, 1)
+
+
+def unequal(x):
+    return torch.cat(x.split([4, 12], 1)[::-1], 1)
+
+
+FAMILIES = {
+    "attention of torch": (lambda: Vision(TorchAttention), {"patch": 8, "up": 16}),
+    "attention written out": (
+        lambda: Vision(lambda: WrittenAttention(fused=False)),
+        {"patch": 8, "attention.qkv": 24, "attention.proj": 8},
+    ),
+    "fused attention": (lambda: Vision(WrittenAttention), {"patch": 8, "attention.qkv": 24}),
+    "depthwise": (
+        lambda: Between(nn.Conv2d(16, 16, 3, groups=16), nn.PReLU(16)),
+        {"first": 8, "between.0": 8},
+    ),
+    "depthwise of two outputs a channel": (
+        lambda: Between(nn.Conv2d(16, 32, 3, groups=16), readers=32),
+        {"first": 8, "between.0": 16},
+    ),
+    "grouped": (
+        lambda: Between(nn.Conv2d(16, 32, 3, groups=4), nn.BatchNorm2d(32), readers=32),
+        {"first": 8, "between.0": 16},
+    ),
+    "transposed": (lambda: Between(nn.ConvTranspose2d(16, 16, 2)), {"first": 8, "between.0": 8}),
+    "transposed and grouped": (
+        lambda: Between(nn.ConvTranspose2d(16, 16, 2, groups=4)),
+        {"first": 8, "between.0": 8},
+    ),
+    "transposed and depthwise": (
+        lambda: Between(nn.ConvTranspose2d(16, 16, 2, groups=16)),
+        {"first": 8, "between.0": 8},
+    ),
+    "group norm": (lambda: Between(nn.GroupNorm(4, 16)), {"first": 8}),
+    "group norm without weights": (
+        lambda: Between(nn.GroupNorm(4, 16, affine=False)),
+        {"first": 8},
+    ),
+    "layer norm over channels": (
+        lambda: Between(
+            Does(lambda x: x.permute(0, 2, 3, 1)),
+            nn.LayerNorm(16),
+            Does(lambda x: x.permute(0, 3, 1, 2)),
+        ),
+        {"first": 8},
+    ),
+    "layer norm without weights": (
+        lambda: Between(
+            Does(lambda x: x.permute(0, 2, 3, 1)),
+            nn.LayerNorm(16, elementwise_affine=False),
+            Does(lambda x: x.permute(0, 3, 1, 2)),
+        ),
+        {"first": 8},
+    ),
+    "layer norm over images": (lambda: Between(nn.LayerNorm((16, 8, 8))), {"first": 8}),
+    "instance norm": (
+        lambda: Between(nn.InstanceNorm2d(16, affine=True, track_running_stats=True)),
+        {"first": 8},
+    ),
+    "concat": (
+        lambda: Between(Does(lambda x: torch.cat([x, x * 2], 1)), readers=32),
+        {"first": 8},
+    ),
+    "stack": (
+        lambda: Between(Does(lambda x: torch.stack([x, x.relu()], 1).sum(1))),
+        {"first": 8},
+    ),
+    "chunk": (lambda: Between(Does(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1))), {"first": 8}),
+    "gate": (lambda: Between(Does(glu), readers=8), {"first": 8}),
+    "flatten": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 12), nn.Linear(12, 5)
+        ),
+        {"0": 8, "2": 6},
+    ),
+    "channel shuffle": (lambda: Between(Shuffle()), {"between.0.branch.0": 4}),
+    "squeeze and excite": (
+        lambda: Between(Does(lambda x: x * x.mean((2, 3), keepdim=True).sigmoid())),
+        {"first": 8},
+    ),
+    "buffer": (lambda: Between(nn.BatchNorm2d(16, affine=False)), {"first": 8}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_pruned_and_rebuilt_bit_equal(family):
+    build, widths = FAMILIES[family]
+    module = make(build)
+    pruned, notes = prune(module)
+    assert {name: notes.widths[name][1] for name in widths if name in notes.widths} == widths
+    assert torch.equal(answers(rebuilt(build, module, pruned), IMAGE), answers(pruned, IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("build", "whole", "narrowed"),
+    [
+        (lambda: Vision(TiedAttention), "attention.qkv", "up"),
+        (lambda: Between(*(Shuffle() for _ in range(4))), "first", "between.0.branch.0"),
+        (lambda: Between(Does(unequal)), "first", "last"),
+        (lambda: Between(Does(lambda x: x.flip(1))), "first", "last"),
+        (lambda: Between(Does(lambda x: x + torch.ones(16, 1, 1))), "first", "last"),
+        (lambda: Between(Does(lambda x: x.cumsum(1))), "first", "last"),
+    ],
+)
+def test_what_cannot_be_pruned_is_named_and_the_rest_goes_on(build, whole, narrowed):
+    module = make(build)
+    pruned, notes = prune(module)
+    assert any(whole in label.split(", ") for label in notes.left_alone)
+    assert all(notes.left_alone.values())
+    assert (
+        pruned.get_submodule(whole).weight.shape[0] == module.get_submodule(whole).weight.shape[0]
+    )
+    assert narrowed in notes.widths
+
+
+def test_what_an_unknown_operator_does_is_named():
+    _, notes = prune(make(lambda: Between(Does(lambda x: x.flip(1)))))
+    assert notes.left_alone["first"] == "between.0: no pruning through the operator flip"
+
+
+def test_layer_that_the_example_does_not_reach_is_left_alone():
+    module = make(lambda: Between())
+    module.spare = nn.Linear(16, 16)
+    pruned, notes = prune(module)
+    assert notes.left_alone["spare"] == "the example does not reach it"
+    assert pruned.spare.out_features == 16
+
+
+# attention
+
+
+def test_whole_heads_go_where_the_model_lets_them():
+    pruned, _ = prune(make(lambda: Vision(TorchAttention)))
+    attention = pruned.attention.inner
+    assert isinstance(attention, HeadAttention)
+    assert (attention.num_heads, attention.head_dim) == (2, 4)
+    assert (attention.in_proj.in_features, attention.out_proj.in_features) == (8, 8)
+    pruned, _ = prune(make(lambda: Vision(WrittenAttention)))
+    attention = pruned.attention
+    assert (attention.num_heads, attention.head_dim, attention.attn_dim) == (2, 4, 8)
+    assert attention.table.shape == (9, 2)
+    assert pruned.features == 8
+
+
+def test_model_equals_the_one_with_those_heads_at_zero():
+    module = make(lambda: Vision(WrittenAttention))
+    pruned, _ = prune(module, protect=["patch", "up", "head", "down"])
+    rows = module.attention.qkv.weight[:16]
+    kept = [
+        next(i for i in range(16) if torch.equal(rows[i], row))
+        for row in pruned.attention.qkv.weight[:8]
+    ]
+    gone = torch.tensor([i for i in range(16) if i not in kept])
+    assert sorted({i // 4 for i in gone.tolist()}) == sorted(set(range(4)) - {i // 4 for i in kept})
+    with torch.no_grad():
+        module.attention.proj.weight[:, gone] = 0
+    assert torch.allclose(answers(pruned, IMAGE), answers(module, IMAGE), atol=1e-6)
+
+
+def test_features_of_heads_go_where_heads_cannot():
+    class OneHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+            return self.proj(x.transpose(1, 2).flatten(2))
+
+    module = make(lambda: Vision(OneHead))
+    pruned, _ = prune(module)
+    assert pruned.attention.qkv.out_features == 24
+    kept = pruned.attention.qkv.bias[:2]
+    assert torch.isin(kept, module.attention.qkv.bias[:4]).all()
+
+
+def test_attention_that_keeps_its_heads_stays_torchs_own():
+    pruned, notes = prune(make(lambda: Vision(TorchAttention)), protect=["attention", "patch"])
+    assert type(pruned.attention.inner) is nn.MultiheadAttention
+    assert "up" in notes.widths
+
+
+# several inputs and outputs
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 16)
+        self.image = nn.Conv2d(3, 16, 3)
+        self.joint = nn.Linear(32, 12)
+        self.first, self.second = nn.Linear(12, 4), nn.Linear(12, 2)
+
+    def forward(self, image, words):
+        image = self.image(image).mean((2, 3))
+        joint = self.joint(torch.cat([image, self.words(words).mean(1)], 1)).relu()
+        return {"first": self.first(joint), "rest": (self.second(joint), [joint.sum(1)])}
+
+
+def test_model_of_several_inputs_and_outputs_is_pruned():
+    module, inputs = make(Several), (IMAGE, torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    pruned, notes = prune(module, inputs)
+    assert notes.widths == {"image": (16, 8), "joint": (12, 6)}
+    assert set(notes.left_alone) == {"first", "second"}
+    again = rebuilt(Several, module, pruned)
+    expected, got = (answers(net, *inputs) for net in (pruned, again))
+    assert torch.equal(expected["first"], got["first"])
+    assert torch.equal(expected["rest"][1][0], got["rest"][1][0])
+
+
+def test_tensors_that_layers_share_are_pruned_once():
+    class Shared(Between):
+        def __init__(self):
+            super().__init__(nn.Conv2d(16, 16, 1))
+            self.twin = nn.Conv2d(16, 16, 1)
+            self.twin.weight = self.between[0].weight
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.head(self.last(self.between(x) + self.twin(x)).mean((2, 3)))
+
+    pruned, _ = prune(make(Shared))
+    assert pruned.twin.weight is pruned.between[0].weight
+    assert pruned.twin.weight.shape[:2] == (8, 8)
+    assert (pruned.twin.in_channels, pruned.twin.out_channels) == (8, 8)
+
+
+def test_buffer_that_is_not_saved_keeps_its_channels():
+    def build():
+        module = Between(Does(lambda x: x))
+        module.register_buffer("scale", torch.rand(16, 1, 1), persistent=False)
+        module.between[0].function = lambda x: x * module.scale
+        return module
+
+    _, notes = prune(make(build))
+    assert "first" in notes.left_alone
+
+
+# negative controls: a mistake in the rules is planted, the trial has to find it
+
+
+def believe(trace, arguments, result):
+    """Say that every channel stays where it is, as far as shapes allow."""
+    source = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+    trace.assign(result, [axis[: len(axis)] for axis in trace.axes(source)])
+
+
+def backwards(trace, arguments, result):
+    """Say that tensors are joined in the opposite order."""
+    rules.join(trace, {**arguments, "tensors": arguments["tensors"][::-1]}, result)
+
+
+def unequal_groups(trace, arguments, result):
+    """Forget that groups must stay equal."""
+    x, w = trace.axes(arguments["input"]), trace.axes(arguments["weight"])
+    trace.tie(x[1].reshape(arguments["groups"], -1), w[1])
+    trace.assign(result, [x[0], w[0], *map(rules.plain, result.shape[2:])])
+
+
+def loose_heads(trace, arguments, result):
+    """Forget that query, key and value lose the same heads."""
+    (*query, tokens, _), value = trace.axes(arguments["query"]), trace.axes(arguments["value"])
+    trace.assign(result[0], [*query, tokens, value[-1]])
+
+
+def unscaled(trace, arguments, result):
+    """Forget that attention divides by the number of features."""
+    rules.attention(trace, {**arguments, "scale": 1.0}, result)
+
+
+def shifted_norm(trace, arguments, result):
+    """Pair a normalization's weights with the channels before them."""
+    axes = list(trace.axes(arguments["input"]))
+    for name in ("weight", "bias"):
+        trace.tie(axes[-1], trace.axes(arguments[name])[0].take(range(-1, len(axes[-1]) - 1)))
+    trace.normalized.append((axes[-1],))
+    rules._counted(trace, "normalized_shape", (axes[-1],))
+    trace.assign(result[0], axes)
+
+
+def apart(trace, arguments, result):
+    """Forget that the pieces of a split stay equal."""
+    axes, size = list(trace.axes(arguments["self"])), result[0].shape[1]
+    for place, piece in enumerate(result):
+        trace.assign(piece, [axes[0], axes[1][place * size :][:size], *axes[2:]])
+
+
+PLANTED = {
+    "flip": (lambda: Between(Does(lambda x: x.flip(1))), believe, "first"),
+    "roll": (lambda: Between(Does(lambda x: x.roll(3, 1))), believe, "first"),
+    "_softmax": (lambda: Between(Does(lambda x: x.softmax(1))), believe, "first"),
+    "mean": (lambda: Between(Does(lambda x: x - x.mean(1, keepdim=True))), rules.total, "first"),
+    "cat": (
+        lambda: Between(Does(lambda x: torch.cat([x, x[:, :4]], 1)), readers=20),
+        backwards,
+        "first",
+    ),
+    "convolution": (lambda: Between(nn.Conv2d(16, 16, 1, groups=2)), unequal_groups, "first"),
+    "native_layer_norm": (FAMILIES["layer norm over channels"][0], shifted_norm, "first"),
+    "split": (FAMILIES["chunk"][0], apart, "first"),
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        lambda: Vision(lambda: HeadsOf(WrittenAttention())),
+        unscaled,
+        "attention.inner.qkv",
+    ),
+}
+
+
+class HeadsOf(nn.Module):
+    """Attention whose heads cannot go, only the features in them."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        inner.table = nn.Parameter(torch.randn(9, 1))
+
+    def forward(self, x):
+        n, tokens, _ = x.shape
+        qkv = self.inner.qkv(x).reshape(n, tokens, 3, 4, -1).permute(2, 0, 3, 1, 4)
+        x = functional.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.inner.proj(x.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("operator", PLANTED)
+def test_trial_refuses_a_removal_that_a_wrong_rule_asks_for(operator, monkeypatch):
+    build, wrong, root = PLANTED[operator]
+    monkeypatch.setitem(rules.RULES, operator, wrong)
+    module = make(build)
+    pruned, notes = prune(module)
+    reason = next(why for label, why in notes.left_alone.items() if root in label.split(", "))
+    assert "does not equal setting them to zero" in reason or "does not run" in reason
+    before, after = (len(net.get_submodule(root).weight) for net in (module, pruned))
+    assert before == after
+
+
+def test_trial_refuses_a_norm_that_counts_channels_that_are_gone(monkeypatch):
+    """The other way round: with plain statistics as reference, no true removal would pass."""
+    monkeypatch.setattr("deploykit.prune.trial._Norms", lambda kept: torch.no_grad())
+    _, notes = prune(make(FAMILIES["layer norm over channels"][0]))
+    assert notes.left_alone["first"] == "removing its channels does not equal setting them to zero"
+
+
+def test_twin_refuses_channels_that_cannot_go_alone():
+    module = make(FAMILIES["grouped"][0])
+    assert "cannot go without others" in Twin(module, (IMAGE,)).fault({"between.0": [0]})
+    assert Twin(module, (IMAGE,)).fault({"between.0": [0, 8, 16, 24]}) == ""
+
+
+def test_one_faulty_group_among_many_is_found(monkeypatch):
+    layers = [nn.Conv2d(16, 16, 1) for _ in range(6)]
+    layers.insert(3, Does(lambda x: x.flip(1)))
+    monkeypatch.setitem(rules.RULES, "flip", believe)
+    _, notes = prune(make(lambda: Between(*layers)))
+    assert set(notes.left_alone) == {"between.2", "head"}
+    assert len(notes.widths) == 7
+
+
+def test_scores_of_a_head_are_those_of_all_its_channels():
+    module = make(lambda: Vision(WrittenAttention))
+    with torch.no_grad():
+        for part in range(3):
+            module.attention.qkv.weight[part * 16 + 4 : part * 16 + 12] *= 100
+    pruned, _ = prune(module, protect=["patch", "up"])
+    rows = [*range(4, 12), *range(20, 28), *range(36, 44)]
+    assert torch.equal(pruned.attention.qkv.weight, module.attention.qkv.weight[rows])
+    assert math.prod(pruned.attention.table.shape) == 18
