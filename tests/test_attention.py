@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from deploykit.models.attention import HeadAttention, can_replace, replace_attention
+from deploykit.models.attention import (
+    HeadAttention,
+    can_replace,
+    replace_attention,
+    splitting_attention,
+)
 
 
 def pair(**options):
@@ -93,3 +98,9 @@ def test_attention_of_another_kind_is_not_replaced(options):
     module = nn.Sequential(attention)
     replace_attention(module, ["0"])
     assert module[0] is attention
+
+
+def test_attention_that_is_the_whole_model_stays():
+    attention = nn.MultiheadAttention(16, 4)
+    with splitting_attention(attention):
+        assert type(attention) is nn.MultiheadAttention
