@@ -93,7 +93,8 @@ def match_tensors(layer: nn.Module) -> None:
             layer.out_features, layer.in_features = layer.weight.shape
         case nn.modules.batchnorm._NormBase():
             known = layer.weight if layer.running_mean is None else layer.running_mean
-            layer.num_features = len(known)
+            if known is not None:
+                layer.num_features = len(known)
         case nn.PReLU():
             layer.num_parameters = len(layer.weight)
         case nn.Embedding():

@@ -174,6 +174,11 @@ FAMILIES = {
         lambda: Between(nn.InstanceNorm2d(16, affine=True, track_running_stats=True)),
         {"first": 8},
     ),
+    "instance norm without weights": (lambda: Between(nn.InstanceNorm2d(16)), {"first": 8}),
+    "batch norm of the batch": (
+        lambda: Between(nn.BatchNorm2d(16, affine=False, track_running_stats=False)),
+        {"first": 8},
+    ),
     "concat": (
         lambda: Between(Does(lambda x: torch.cat([x, x * 2], 1)), readers=32),
         {"first": 8},

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from deploykit.prune.trace import Axes, Labels, Trace, plain, varied
@@ -326,6 +326,11 @@ def batch_norm(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if a.get(name) is not None:
             axes[1] = trace.tie(axes[1], trace.axes(a[name])[0])
+    name = trace.inside[-1] if trace.inside else ""
+    part = trace.module.get_submodule(name)
+    if isinstance(part, nn.modules.batchnorm._NormBase):
+        # Instance normalization runs on the channels of all samples side by side.
+        trace.shapes[name, "num_features"] = (axes[1][: part.num_features],)
     trace.assign(result[0], axes)
 
 
