@@ -90,11 +90,11 @@ class Twin:
         if any(self._effects.get(root) is False for root in removal):
             return "its channels have no effect that could be checked"
         try:
-            with self._silenced(removal), _Norms(self._graph.kept_in_norms(removal)):
-                silenced = self._run()
             with undone(self._graph.module):
                 self._graph.remove(self._graph.module, removal, adjusted)
                 pruned = self._run()
+            with self._silenced(removal), _Norms(self._graph.kept_in_norms(removal)):
+                silenced = self._run()
         except Exception as error:  # noqa: BLE001 - a wrongly pruned model may fail in any way
             return f"the pruned model does not run ({type(error).__name__}: {_first_line(error)})"
         return self._difference(pruned, silenced)
