@@ -121,9 +121,8 @@ def _widths(layer: nn.Module) -> dict[str, int | list[int]]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
     if can_replace(layer):
         return {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
-    if not is_custom(layer):
-        return {}
-    counts = {key: value for key, value in vars(layer).items() if is_count(key, value)}
+    custom = is_custom(layer)
+    counts = {key: value for key, value in vars(layer).items() if custom and is_count(key, value)}
     tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
     return {**counts, **{key: list(tensor.shape) for key, tensor in tensors}}
 
@@ -155,9 +154,7 @@ def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
             return dict.fromkeys(("weight", "bias"), (layer.num_channels,))
         case nn.Embedding():
             return {"weight": (layer.num_embeddings, layer.embedding_dim)}
-    if is_custom(layer):
-        return {}
-    raise AttributeError(f"{type(layer).__name__} has no width")
+    return {}
 
 
 def _resize(layer: nn.Module, key: str, shape: tuple[int, ...]) -> None:

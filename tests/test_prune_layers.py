@@ -95,6 +95,13 @@ def test_layer_that_the_example_does_not_reach_is_left_alone():
     assert pruned.spare.out_features == 16
 
 
+def test_layer_with_a_computed_weight_is_named():
+    norm = nn.utils.parametrizations.weight_norm
+    _, notes = prune(make(lambda: Between(norm(nn.Conv2d(16, 16, 3)), nn.Conv2d(16, 16, 1))))
+    assert notes.left_alone["between.0"] == "its weight is computed from others"
+    assert notes.widths == {"between.1": (16, 8), "last": (8, 4)}
+
+
 # attention
 
 

@@ -100,6 +100,17 @@ class Does(nn.Module):
         return self.function(x)
 
 
+class Scaled(nn.Module):
+    """A scale and a shift in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.ParameterList([torch.rand(16, 1, 1), torch.rand(16, 1, 1)])
+
+    def forward(self, x):
+        return x * self.both[0] + self.both[1]
+
+
 class Shuffle(nn.Module):
     """A ShuffleNet unit."""
 
@@ -200,5 +211,12 @@ FAMILIES = {
         lambda: Between(Does(lambda x: x * x.mean((2, 3), keepdim=True).sigmoid())),
         {"first": 8},
     ),
+    "pixel shuffle": (lambda: Between(nn.PixelShuffle(2), readers=4), {"first": 8}),
+    "pixel unshuffle": (lambda: Between(nn.PixelUnshuffle(2), readers=64), {"first": 8}),
+    "unfold": (
+        lambda: Between(nn.Unfold(2), Does(lambda x: x.unsqueeze(-1)), readers=64),
+        {"first": 8},
+    ),
+    "list of parameters": (lambda: Between(Scaled()), {"first": 8}),
     "buffer": (lambda: Between(nn.BatchNorm2d(16, affine=False)), {"first": 8}),
 }

@@ -87,12 +87,14 @@ class Graph:
             for group in self.views[0].groups()
         ]
 
-    def unreached(self) -> dict[str, str]:
-        """Say which layers the example does not reach."""
+    def strangers(self) -> dict[str, str]:
+        """Say which layers stand in no group, and why."""
         return {
-            name: "the example does not reach it"
+            name: "its weight is computed from others"
+            if self.views[0].uses(layer)
+            else "the example does not reach it"
             for name, layer in self.module.named_modules()
-            if isinstance(layer, LAYERS) and not self.views[0].uses(layer)
+            if isinstance(layer, LAYERS) and name not in self.views[0].outputs
         }
 
     def places(self, group: Group) -> Iterator[tuple[str, int, Labels]]:

@@ -29,7 +29,7 @@ def rank_groups(
 ) -> tuple[list[Prunable], dict[str, str]]:
     """Return the groups that may lose channels, and why each other one may not."""
     ways = graph.groups()
-    chosen, left_alone = [], graph.unreached()
+    chosen, left_alone = [], graph.strangers()
     reasons = _faults(twin, [way[0] for way in ways], protected, initial_widths, channel_multiple)
     others = [way[1] for way in ways if len(way) > 1 and reasons[way[0].root]]
     second = _faults(twin, others, protected, initial_widths, channel_multiple)

@@ -454,6 +454,20 @@ def pad(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.assign(result, axes)
 
 
+def from_channels(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """Each channel is made of neighbouring ones (pixel shuffle)."""
+    batch, channels, *_ = trace.axes(a["self"])
+    rows = trace.tie_rows(channels.reshape(result.shape[1], -1))
+    trace.assign(result, [batch, rows, *map(plain, result.shape[2:])])
+
+
+def to_channels(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """Each channel becomes neighbouring ones (pixel unshuffle, unfold)."""
+    batch, channels, *_ = trace.axes(a["self"])
+    spread = np.repeat(channels, result.shape[1] // len(channels))
+    trace.assign(result, [batch, spread, *map(plain, result.shape[2:])])
+
+
 def roll(trace: Trace, a: Arguments, result: Tensor) -> None:
     """Rolling along channels shifts them by a number that is the model's own."""
     axes = trace.axes(a["self"])
@@ -499,4 +513,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("mean", "amax", "amin", "max", "min", "argmax", "var", "std"), statistic),
     "constant_pad_nd": pad,
     "roll": roll,
+    "pixel_shuffle": from_channels,
+    **dict.fromkeys(("pixel_unshuffle", "im2col"), to_channels),
 }

@@ -155,17 +155,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _naming(module: nn.Module, inside: list[str]) -> Iterator[None]:
     """Keep the names of the running modules in ``inside``, the innermost last."""
     hooks = []
-    for name, part in module.named_modules():
-
-        def enter(*_: Any, name: str = name) -> None:
-            inside.append(name)
-
-        def leave(*_: Any) -> None:
-            inside.pop()
-
-        hooks.append(part.register_forward_pre_hook(enter))
-        hooks.append(part.register_forward_hook(leave))
     try:
+        for name, part in module.named_modules():
+
+            def enter(*_: Any, name: str = name) -> None:
+                inside.append(name)
+
+            def leave(*_: Any) -> None:
+                inside.pop()
+
+            hooks.append(part.register_forward_pre_hook(enter))
+            hooks.append(part.register_forward_hook(leave))
         yield
     finally:
         for hook in hooks:
