@@ -18,8 +18,9 @@ from deploykit.prune.groups import match_modules, rank_groups
 from deploykit.prune.selection import Prunable, channel_step
 from deploykit.prune.sensitivity import Sensitivity
 from deploykit.prune.trial import Twin
-from deploykit.widths import Widths, read_widths
+from deploykit.widths import read_widths
 
+LayerCounts = Mapping[str, Mapping[str, int]]
 OUTPUTS = frozenset({"out_channels", "out_features"})
 
 
@@ -64,7 +65,7 @@ class Landscape:
         blocks: harm of removing each residual block.
         left_alone: why a group keeps its channels.
         adjusted: see `Twin`.
-        widths: of all layers as they are.
+        widths: of all convolutions and linear layers as they are.
     """
 
     groups: Mapping[str, Prunable]
@@ -73,23 +74,17 @@ class Landscape:
     blocks: Mapping[str, float]
     left_alone: Mapping[str, str]
     adjusted: frozenset[str]
-    widths: Widths
+    widths: LayerCounts
 
-    def narrowed(self, channels: Mapping[str, int]) -> Widths:
+    def narrowed(self, channels: Mapping[str, int]) -> LayerCounts:
         """Return the widths of all layers when each named group keeps so many channels."""
-        lost: dict[tuple[str, str], int] = {}
+        widths = {layer: dict(found) for layer, found in self.widths.items()}
         for root, kept in channels.items():
             units = (self.groups[root].width - kept) // self.groups[root].unit
             for member in self.members[root]:
                 for key, count in member.lost.items():
-                    lost[member.layer, key] = lost.get((member.layer, key), 0) + units * count
-        return {
-            layer: {
-                key: width - lost.get((layer, key), 0) if isinstance(width, int) else width
-                for key, width in found.items()
-            }
-            for layer, found in self.widths.items()
-        }
+                    widths[member.layer][key] -= units * count
+        return widths
 
     def makers(self, root: str) -> set[str]:
         """Return the layers whose outputs the group holds."""
@@ -163,7 +158,7 @@ def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
         },
         left_alone=left_alone,
         adjusted=frozenset(twin.adjusted),
-        widths=read_widths(module),
+        widths=_layer_widths(split),
     )
 
 
