@@ -30,9 +30,8 @@ from deploykit.publish import write_json
 from deploykit.quantize import calibrate
 from deploykit.structure import example_input
 from deploykit.targets import CPU, Target, why_not_here
-from deploykit.widths import output_width, read_widths
+from deploykit.widths import Widths, output_width, read_widths
 
-Widths = Mapping[str, Mapping[str, int]]
 SECONDS = 2.0  # to time a model
 SAMPLES = 8
 
