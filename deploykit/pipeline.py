@@ -269,7 +269,13 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
         stage = _proved(
             work,
             started,
-            lambda: calibrate(before.candidate, samples, target=target),
+            lambda: calibrate(
+                before.candidate,
+                samples,
+                target=target,
+                keep_float=section.keep_float,
+                min_sqnr=section.min_sqnr,
+            ),
         )
         if section.mode == "ptq":
             return stage, why
@@ -286,6 +292,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             section,
             target=target,
             teacher=baseline.candidate.module,
+            keep_float=section.keep_float,
         ),
     )
     return stage, f"qat: {why}"

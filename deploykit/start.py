@@ -17,6 +17,7 @@ from deploykit.models.modes import evaluating
 from deploykit.models.normalization import fold_normalization
 from deploykit.prune.groups import match_modules
 from deploykit.quantization.graphs import trace
+from deploykit.quantization.rules import match_layers
 from deploykit.recipe.sections import Recipe
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input
@@ -106,4 +107,6 @@ def _check_stages(recipe: Recipe, candidate: Candidate, example: Tensor) -> None
         match_groups(candidate.module, recipe.train.groups)
     if recipe.prune is not None:
         match_modules(candidate.module, recipe.prune.protect)
-    trace(candidate.module, example)
+    graph = trace(candidate.module, example)
+    if recipe.quantize is not None:
+        match_layers(graph.graph, recipe.quantize.keep_float)

@@ -314,6 +314,12 @@ class QuantizeSection(RecoverySection):
     freeze_statistics: Fraction = Field(
         0.5, description="share of the epochs after which BatchNorm and ranges stand still"
     )
+    keep_float: Patterns = Field((), description="shell patterns of modules to leave in float")
+    min_sqnr: Positive | None = Field(
+        None,
+        description="ptq: smallest signal-to-quantization-noise ratio of the logits, dB; layers "
+        "stay in float, the most sensitive first, until it holds",
+    )
 
 
 class VerifySection(Section):
