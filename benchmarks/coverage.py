@@ -32,6 +32,7 @@ from vision_operators import define_operators
 
 from deploykit.artifacts import Candidate, Signature, TensorSpec
 from deploykit.exporter import export_onnx
+from deploykit.models.weights import load_tensors
 from deploykit.prune import prune_channels
 from deploykit.publish import write_json
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
@@ -109,7 +110,7 @@ class Detector(nn.Module):
 
 def pixels_of(name: str) -> int:
     """Return the side of the images: small, since coverage does not depend on it."""
-    sides = {"inception_v3": 96, "raft_large": 128, "vit_h_14": 56}
+    sides = {"inception_v3": 96, "raft_large": 128, "vit_h_14": 56, "ssd300_vgg16": 300}
     return sides.get(name, 128 if name in DETECTORS else 64)
 
 
@@ -229,7 +230,7 @@ def check(result: Result, folder: Path) -> Result:
     else:
         module = build(name)
         set_widths(module, json.loads((folder / "widths.json").read_text()))
-        module.load_state_dict(load_file(folder / "weights.safetensors"))
+        load_tensors(module, load_file(folder / "weights.safetensors"))
     expected = load_file(folder / "answers.safetensors")
     found = answers(module, inputs_of(name, batch=2))
     if not all(torch.equal(expected[key], found[key]) for key in expected):
