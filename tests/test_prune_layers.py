@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from deploykit.models.attention import HeadAttention
-from deploykit.prune import prune_channels, rules
+from deploykit.prune import layer_rules, moves, prune_channels, rules
+from deploykit.prune.trace import plain
 from deploykit.prune.trial import Twin
 from deploykit.widths import changed_widths, read_widths, set_widths
 
@@ -234,14 +235,14 @@ def believe(trace, arguments, result):
 
 def backwards(trace, arguments, result):
     """Say that tensors are joined in the opposite order."""
-    rules.join(trace, {**arguments, "tensors": arguments["tensors"][::-1]}, result)
+    moves.join(trace, {**arguments, "tensors": arguments["tensors"][::-1]}, result)
 
 
 def unequal_groups(trace, arguments, result):
     """Forget that groups must stay equal."""
     x, w = trace.axes(arguments["input"]), trace.axes(arguments["weight"])
     trace.tie(x[1].reshape(arguments["groups"], -1), w[1])
-    trace.assign(result, [x[0], w[0], *map(rules.plain, result.shape[2:])])
+    trace.assign(result, [x[0], w[0], *map(plain, result.shape[2:])])
 
 
 def loose_heads(trace, arguments, result):
@@ -252,7 +253,7 @@ def loose_heads(trace, arguments, result):
 
 def unscaled(trace, arguments, result):
     """Forget that attention divides by the number of features."""
-    rules.attention(trace, {**arguments, "scale": 1.0}, result)
+    layer_rules.attention(trace, {**arguments, "scale": 1.0}, result)
 
 
 def shifted_norm(trace, arguments, result):
@@ -261,7 +262,7 @@ def shifted_norm(trace, arguments, result):
     for name in ("weight", "bias"):
         trace.tie(axes[-1], trace.axes(arguments[name])[0].take(range(-1, len(axes[-1]) - 1)))
     trace.normalized.append((axes[-1],))
-    rules._counted(trace, "normalized_shape", (axes[-1],))
+    layer_rules.counted(trace, "normalized_shape", (axes[-1],))
     trace.assign(result[0], axes)
 
 

@@ -26,6 +26,7 @@ from deploykit.models.modes import evaluating
 
 Labels = npt.NDArray[np.int64]
 Axes = tuple[Labels, ...]
+Arguments = dict[str, Any]
 Example = Tensor | tuple[Tensor, ...]
 
 # The label of what is no channel: samples, pixels, tokens, single entries.
@@ -92,6 +93,23 @@ class Trace:
         """Tie all entries of each row of ``(n, m)`` labels; return the ``n`` labels."""
         self.tie(rows[:, :1], rows[:, 1:])
         return rows[:, 0]
+
+    def tie_broadcast(self, axes: Sequence[Axes], shape: Sequence[int]) -> list[Labels]:
+        """Tie the dimensions of tensors that are broadcast to ``shape``; return its labels."""
+        joined = []
+        for place, size in enumerate(shape, -len(shape)):
+            found = [one[place] for one in axes if -place <= len(one) and len(one[place]) == size]
+            labels = found[0] if found else plain(size)
+            for other in found[1:]:
+                labels = self.tie(labels, other)
+            joined.append(labels)
+        return joined
+
+    def keep_all(self, tensors: Sequence[Tensor], reason: str) -> None:
+        """Keep all channels of these tensors for ``reason``."""
+        for tensor in tensors:
+            for axis in self.axes(tensor):
+                self.fix(axis, reason)
 
     def fix(self, labels: Labels, reason: str) -> None:
         """Keep these channels for ``reason``."""

@@ -86,7 +86,7 @@ def test_unknown_argument_of_a_library_model_is_refused(tmp_path, library):
             (),
         ),
         ("torchvision:mobilenet_v3_small", {"features.1.block.1.fc1": 4}, ()),
-        ("torchvision:shufflenet_v2_x0_5", {"stage2.1.branch2.0": 12}, ("conv1",)),
+        ("torchvision:shufflenet_v2_x0_5", {"conv1.0": 12}, ("stage3.0.branch1.2",)),
         (
             "torchvision:swin_t",
             {"features.1.0.mlp.0": 192},
