@@ -40,12 +40,15 @@ from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
 from deploykit.runtime import open_session, run_model
-from deploykit.stages import Stage, measure_stages, prove
+from deploykit.sensitivity import Sensitivity, layers_to_keep_float, quantization_sensitivity
+from deploykit.stages import Stage, is_quantized, measure_stages, prove
 from deploykit.targets import resolve_target
 from deploykit.train import Training, fit
 from deploykit.trials import Outcome, best_trial, described, may_try_again
 
 GOLDEN_SAMPLES = 16
+JUDGED = 32  # samples that tell which layers integers harm
+NOISE_STEP = 3.0  # dB that a trial with more layers in float is to gain
 DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says so
 
 
@@ -132,6 +135,7 @@ def run_stages(
         for stage in course.stages[1:]
     ]
     _keep_golden(work, course.final)
+    rounding = _sensitivity(work, course.final.candidate) if is_quantized(course.final) else None
     report = make_report(
         recipe,
         dataset,
@@ -144,6 +148,7 @@ def run_stages(
             {**trial.to_json(), "number": number, "chosen": trial is trials[best]}
             for number, trial in enumerate(trials, start=1)
         ],
+        rounding=None if rounding is None else rounding.to_json(),
     )
     write_report(report, run.path)
     if not report.budget["passed"]:
@@ -172,9 +177,26 @@ def _attempt(
         known = None if replay is None else replay[number - 1]
         measured = measure_stages(course.stages, recipe, folder, known)
         _judge_quantized(course, recipe, measured)
-        return Trial(folder, course, measured, outcome_of(recipe, course, measured))
+        outcome = outcome_of(recipe, course, measured)
+        if not outcome.holds("max_drop") and is_quantized(course.final):
+            outcome = replace(outcome, sensitive=_rather_in_float(one, course.final.candidate))
+        return Trial(folder, course, measured, outcome)
 
     return attempt
+
+
+def _sensitivity(work: Work, candidate: Candidate) -> Sensitivity:
+    """Measure what integers cost in each layer of a quantized candidate."""
+    samples = np.load(work.home.calibration, mmap_mode="r", allow_pickle=False)[:JUDGED]
+    return quantization_sensitivity(candidate, np.array(samples), seed=work.recipe.seed)
+
+
+def _rather_in_float(work: Work, candidate: Candidate) -> tuple[str, ...]:
+    """Return the layers without whose integers the logits would be a step less noisy."""
+    found = _sensitivity(work, candidate)
+    wanted = found.decibels(found.noise) + NOISE_STEP
+    layers = layers_to_keep_float(candidate, found, wanted_db=wanted)
+    return () if found.weights.keys() <= set(layers) else layers
 
 
 def _make_stages(work: Work, trained: Stage) -> Course:

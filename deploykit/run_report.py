@@ -27,6 +27,7 @@ def make_report(
     decisions: Sequence[Decision],
     commands: Sequence[str],
     trials: Sequence[JsonDict] = (),
+    rounding: JsonDict | None = None,
 ) -> Report:
     """Draw everything together; reads the test split, for the first and the final stage only."""
     baseline = stages[0]
@@ -57,6 +58,7 @@ def make_report(
         details={
             **_details(recipe, dataset, stages, measured, final, test, commands),
             "trials": list(trials),
+            "rounding": rounding,
         },
     )
 

@@ -191,6 +191,11 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
     }
 
 
+def is_quantized(stage: Stage) -> bool:
+    """Whether a stage has activations in integers; recurrent layers alone have none."""
+    return bool(stage.candidate.structure.get("quantization", {}).get("parameters"))
+
+
 def fusion_of(stage: Stage, threads: int) -> JsonDict | None:
     """Say which layers of a quantized stage run in integers; None where the CPU's do not ship."""
     quantization = stage.candidate.structure.get("quantization")
