@@ -61,6 +61,12 @@ docs: $(STAMP) ## write docs/recipe.md from the models
 	$(BIN)/python -m deploykit.recipe.document > docs/recipe.md.new
 	mv docs/recipe.md.new docs/recipe.md
 
+# These need torchvision.
+VISION_BENCHMARKS := architectures
+
+$(VISION_BENCHMARKS:%=bench-%): bench-%: $(VISION)/.installed
+	$(VISION)/bin/python benchmarks/$*.py
+
 bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
 	@test -f benchmarks/$*.py || { echo "there is no benchmarks/$*.py" >&2; exit 1; }
 	$(BIN)/python benchmarks/$*.py
