@@ -12,12 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from deploykit.artifacts import Candidate, JsonDict, Report
+from deploykit.attempts import (
+    Attempt,
+    Trial,
+    adopt,
+    outcome_of,
+    try_until_it_holds,
+    what_fell_short,
+)
 from deploykit.bundle_files import Golden, golden_files
 from deploykit.course import Course
 from deploykit.data import Dataset
 from deploykit.decisions import ptq_decision, stage_decision
 from deploykit.environment import cache_folder
-from deploykit.errors import BudgetError, DataError
+from deploykit.errors import BudgetError, CompressionError, DataError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
@@ -35,6 +43,7 @@ from deploykit.runtime import open_session, run_model
 from deploykit.stages import Stage, measure_stages, prove
 from deploykit.targets import resolve_target
 from deploykit.train import Training, fit
+from deploykit.trials import Outcome, best_trial, described, may_try_again
 
 GOLDEN_SAMPLES = 16
 DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says so
@@ -42,10 +51,19 @@ DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says s
 
 @dataclass(frozen=True)
 class Work:
-    """What all stages of one run share."""
+    """What all stages of one run, or of one trial within it, share.
+
+    Attributes:
+        recipe: the run's, or as the trial has it.
+        run: where the stages are written.
+        home: the run's own folder.
+        dataset: the samples.
+        training: data and plan of every training.
+    """
 
     recipe: Recipe
     run: RunFolder
+    home: RunFolder
     dataset: Dataset
     training: Training
 
@@ -61,7 +79,7 @@ def run_stages(
     *,
     start: Candidate,
     progress: Progress,
-    replay: Mapping[str, JsonDict] | None = None,
+    replay: Sequence[Mapping[str, JsonDict]] | None = None,
     commands: Sequence[str] = (),
 ) -> Report:
     """Run every stage that ``recipe`` names, and write all that belongs to the run.
@@ -75,7 +93,7 @@ def run_stages(
         dataset: the recipe's, loaded.
         start: the float model that the run begins with, see `deploykit.start`.
         progress: who is told how far it is.
-        replay: measurements to decide by in place of new ones, by stage.
+        replay: measurements to decide by in place of new ones: for each trial, by stage.
         commands: lines that reproduce the run, for the report.
 
     Returns:
@@ -94,13 +112,15 @@ def run_stages(
         seed=recipe.seed,
         checkpoints=run.checkpoints,
         progress=progress,
+        answers=run.checkpoints / "answers.sqlite" if may_try_again(recipe) else None,
     )
-    work = Work(recipe, run, dataset, training)
-    course = _make_stages(work, start)
-    raise_if_stopped("measuring")
-    work.say("measuring latency")
-    measured = measure_stages(course.stages, recipe, run, replay)
-    _judge_quantized(course, recipe, measured)
+    work = Work(recipe, run, run, dataset, training)
+    trained = _proved(work, time.monotonic(), lambda: train(start, work))
+    most = None if replay is None else len(replay)
+    trials = try_until_it_holds(recipe, run, _attempt(work, trained, replay), most)
+    best = best_trial([trial.outcome for trial in trials])
+    chosen = adopt(trials, best, run)
+    course, measured = chosen.course, chosen.measured
     decisions = [
         stage_decision(
             course.origin[stage.name],
@@ -120,24 +140,54 @@ def run_stages(
         final=course.final,
         decisions=decisions,
         commands=commands,
+        trials=[
+            {**trial.to_json(), "number": number, "chosen": trial is trials[best]}
+            for number, trial in enumerate(trials, start=1)
+        ],
     )
     write_report(report, run.path)
     if not report.budget["passed"]:
-        failed = "; ".join(check["why"] for check in report.budget["checks"] if not check["passed"])
-        raise BudgetError(f"budget: {failed}; see {run.path / 'report.html'}")
+        raise BudgetError(f"budget: {what_fell_short(trials, best)}; see {run.path}/report.html")
     return report
 
 
-def _make_stages(work: Work, start: Candidate) -> Course:
-    """Make every stage that the recipe names, each from the last one kept."""
+def _attempt(
+    work: Work, trained: Stage, replay: Sequence[Mapping[str, JsonDict]] | None
+) -> Attempt:
+    """Return what makes and measures every stage after training once, as a trial's recipe says."""
+
+    def attempt(recipe: Recipe, folder: RunFolder, number: int) -> Trial:
+        one = replace(work, recipe=recipe, run=folder)
+        if number > 1:
+            one = replace(one, training=one.training.in_folder(f"trial-{number}"))
+            work.say(f"trial {number}: {described(recipe)}")
+        try:
+            course = _make_stages(one, trained)
+        except CompressionError as error:
+            if number == 1:  # the recipe itself asks for what cannot be
+                raise
+            return Trial(folder, Course([trained]), {}, Outcome(recipe.prune, failed=str(error)))
+        raise_if_stopped("measuring")
+        work.say("measuring latency")
+        known = None if replay is None else replay[number - 1]
+        measured = measure_stages(course.stages, recipe, folder, known)
+        _judge_quantized(course, recipe, measured)
+        return Trial(folder, course, measured, outcome_of(recipe, course, measured))
+
+    return attempt
+
+
+def _make_stages(work: Work, trained: Stage) -> Course:
+    """Make every stage after training that the recipe names, each from the last one kept."""
     recipe: Recipe = work.recipe
-    course = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
+    course = Course([trained])
     if recipe.prune is not None:
         latency = _latency(work, course.final.candidate)
         before, started = course.final, time.monotonic()
         stage = _proved(work, started, lambda: _prune(before.candidate, work, latency))
         course.add(stage)
-        if recipe.prune.unless_it_pays != "keep" and latency.is_here:
+        judged = recipe.prune.unless_it_pays != "keep"
+        if latency.is_here and (judged or may_try_again(recipe)):
             removed = stage.candidate.structure.get("removed", ())
             speedup = latency.speedup(stage.candidate.module, removed)
             course.judge(stage, recipe.prune, speedup)
@@ -195,7 +245,7 @@ def _latency(work: Work, candidate: Candidate) -> LatencyCost:
         resolve_target(recipe.target),
         quantized=recipe.quantize is not None,
         times=LayerTimes.open(cache_folder(), recipe.threads),
-        record=work.run.latencies,
+        record=work.home.latencies,
     )
 
 
@@ -213,7 +263,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     assert section is not None
     target, started = resolve_target(recipe.target), time.monotonic()
     rows = calibration_rows(len(work.dataset.train), section, recipe.seed)
-    samples = work.run.save_calibration(work.dataset.train.load, rows)
+    samples = work.home.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
     if section.mode != "qat":
         stage = _proved(

@@ -13,6 +13,7 @@ from torch import nn
 
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import CompressionError
+from deploykit.models.weights import load_tensors
 from deploykit.quantization.deployable import exact_inputs
 from deploykit.quantization.graphs import (
     calibration_graph,
@@ -159,8 +160,8 @@ def train_quantized(
     module = copy.deepcopy(candidate.module)
     trained = graph.state_dict()
     # What the graph has no use for (num_batches_tracked) stays as it was.
-    module.load_state_dict(
-        {name: trained.get(name, old) for name, old in module.state_dict().items()}
+    load_tensors(
+        module, {name: trained.get(name, old) for name, old in module.state_dict().items()}
     )
     notes = {"recovery": [result.to_json()]}
     return _quantized(candidate, module, read_parameters(graph), target, kept, "qat", notes)

@@ -26,6 +26,7 @@ def make_report(
     final: Stage,
     decisions: Sequence[Decision],
     commands: Sequence[str],
+    trials: Sequence[JsonDict] = (),
 ) -> Report:
     """Draw everything together; reads the test split, for the first and the final stage only."""
     baseline = stages[0]
@@ -53,7 +54,10 @@ def make_report(
         },
         budget=budget,
         decisions=tuple(decision.to_json() for decision in decisions),
-        details=_details(recipe, dataset, stages, measured, final, test, commands),
+        details={
+            **_details(recipe, dataset, stages, measured, final, test, commands),
+            "trials": list(trials),
+        },
     )
 
 
@@ -87,6 +91,7 @@ def _details(
         "model": _shipped(final, recipe),
         "input": dict(stages[0].candidate.notes["input"]),
         "normalization": measured[final.name].get("normalization"),
+        "layers_ms": _layers_ms(measured[stages[0].name], measured[final.name]),
         "warnings": [*dataset.warnings, *_floats(fusion)],
         "commands": list(commands),
     }
@@ -104,6 +109,17 @@ def _details(
     if fusion is not None:
         details["fusion"] = fusion
     return details
+
+
+def _layers_ms(before: JsonDict, after: JsonDict) -> list[JsonDict]:
+    """Set what each layer takes at batch 1 before and after beside each other."""
+    old, new = before.get("layers_ms", {}), after.get("layers_ms", {})
+    return [
+        {"layer": layer, "before": old.get(layer), "after": new.get(layer)}
+        for layer in sorted(
+            {**old, **new}, key=lambda layer: (not layer, [*old, *new].index(layer))
+        )
+    ]
 
 
 def _fits(stage: Stage) -> list[tuple[str, JsonDict]]:

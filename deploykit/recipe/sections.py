@@ -344,6 +344,16 @@ class BudgetSection(Section):
     confidence: Annotated[FiniteFloat, Field(gt=0.5, lt=1)] | None = Field(
         None, description="accept only if the drop's interval at this level holds max_drop"
     )
+    trials: Count = Field(
+        3,
+        description="tries to hold the budget: the recipe as it stands, then with less pruning "
+        "where accuracy is missing, or more where speed is",
+    )
+    trial_epochs: Count | None = Field(
+        None,
+        description="most epochs of recovery, prune and quantize together, in each try after the "
+        "first; default: as those sections say",
+    )
 
 
 class Recipe(Section):

@@ -25,6 +25,22 @@ def width_bars(widths: Sequence[Json]) -> list[dict[str, Any]]:
     ]
 
 
+def latency_bars(layers: Sequence[Json]) -> list[dict[str, Any]]:
+    """Return layers with bars of what they take before and after; None where there is no such."""
+    times = [row[key] or 0.0 for row in layers for key in ("before", "after")]
+    longest = max(times, default=0.0) or 1.0
+    return [
+        {
+            "layer": row["layer"] or "everything else",
+            "before": row["before"],
+            "after": row["after"],
+            "before_share": round(100 * (row["before"] or 0.0) / longest, 1),
+            "after_share": round(100 * (row["after"] or 0.0) / longest, 1),
+        }
+        for row in layers
+    ]
+
+
 def harm_bars(sensitivity: Json | None) -> list[dict[str, Any]]:
     """Return what leaving out each block or narrowing each group harms, as bars, least first."""
     if not sensitivity:

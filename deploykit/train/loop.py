@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from deploykit.artifacts import JsonDict
 from deploykit.errors import Interrupted, ModelError, RecipeError
 from deploykit.interrupt import raise_if_stopped
+from deploykit.models.weights import load_tensors
 from deploykit.recipe.sections import TrainSection
 from deploykit.seeds import stable_seed
 from deploykit.train.batches import Batch, Batches
@@ -181,7 +182,7 @@ class _Fit:
         finally:
             progress.stage_ended()
         if self.chosen:
-            self.learner.module.load_state_dict(self.chosen)
+            load_tensors(self.learner.module, self.chosen)
         self.finished = True
         self._save()
 
@@ -293,7 +294,7 @@ class _Fit:
                     self._estimate_statistics()
             yield
         finally:
-            self.learner.module.load_state_dict(trained)
+            load_tensors(self.learner.module, trained)
 
     @torch.no_grad()
     def _estimate_statistics(self) -> None:
@@ -367,7 +368,7 @@ class _Fit:
         self.history = [EpochRecord(**record) for record in found.state["history"]]
         self.finished = found.state["finished"]
         if self.finished:
-            self.learner.module.load_state_dict(found.kinds["weights"])
+            load_tensors(self.learner.module, found.kinds["weights"])
             return
         self.learner.load(found.kinds)
         self.learner.load_scaler(found.state["scaler"])
