@@ -62,7 +62,7 @@ docs: $(STAMP) ## write docs/recipe.md from the models
 	mv docs/recipe.md.new docs/recipe.md
 
 # These benchmarks need torchvision.
-$(addprefix bench-,coverage): bench-%: $(VISION)/.installed
+$(addprefix bench-,architectures coverage): bench-%: $(VISION)/.installed
 	$(VISION)/bin/python benchmarks/$*.py
 
 bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
