@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from deploykit.decisions import pays
 from deploykit.errors import BudgetError
-from deploykit.recipe.sections import RecoverySection
+from deploykit.recipe.sections import Judged
 from deploykit.stages import Stage
 
 
@@ -36,7 +36,7 @@ class Course:
         self.origin[stage.name] = self.final
         self.stages.append(stage)
 
-    def judge(self, stage: Stage, section: RecoverySection, speedup: float) -> None:
+    def judge(self, stage: Stage, section: Judged, speedup: float) -> None:
         """Keep the last stage if it pays, or else do what its section says.
 
         Raises:

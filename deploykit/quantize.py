@@ -12,6 +12,7 @@ from torch import nn
 
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import CompressionError
+from deploykit.held_weights import projections
 from deploykit.quantization.deployable import exact_inputs
 from deploykit.quantization.graphs import (
     calibration_graph,
@@ -93,7 +94,9 @@ def train_quantized(
     exact = exact_inputs(candidate, target)
     graph = training_graph(candidate.module, example_input(candidate, batch=2), target, exact)
     plan = recovery_plan(training.plan, section)
-    taught = distillation(teacher or candidate.module, training, plan) if section.distill else None
+    taught = None
+    if section.distill:
+        taught = distillation(teacher or candidate.module, training, plan, section)
     result = fit(
         graph,
         training,
@@ -102,6 +105,7 @@ def train_quantized(
         loss=taught,
         set_mode=set_graph_mode,
         on_epoch=_freezing(section, plan.epochs),
+        hold=projections(candidate),
     )
     module = copy.deepcopy(candidate.module)
     trained = graph.state_dict()

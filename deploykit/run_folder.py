@@ -47,10 +47,9 @@ class RunFolder:
         """Raw training samples that other targets are calibrated with."""
         return self.path / "calibration.npy"
 
-    @property
-    def latencies(self) -> Path:
-        """What pruning to a latency has measured, written before it decides by it."""
-        return self.path / "latencies.json"
+    def latencies(self, stage: str) -> Path:
+        """Return the file of what ``stage`` has measured, written before it decides by it."""
+        return self.path / ("latencies.json" if stage == "prune" else f"latencies-{stage}.json")
 
     @property
     def golden(self) -> Path:
