@@ -56,7 +56,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The stage's word: ``train``, ``prune``, ``quantize`` or ``convert``."""
+        """The stage's word, such as ``train`` or ``quantize``."""
         return self.candidate.stage
 
 
