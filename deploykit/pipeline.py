@@ -372,7 +372,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             work.training,
             section,
             target=target,
-            teacher=_as_fed(baseline.candidate, before.candidate),
+            teacher=_as_fed(baseline.candidate, before.candidate) if section.distill else None,
             keep_float=section.keep_float,
         ),
     )
