@@ -152,6 +152,25 @@ def test_features_of_heads_go_where_heads_cannot():
     assert torch.isin(kept, module.attention.qkv.bias[:4]).all()
 
 
+def test_protected_attention_keeps_what_it_reads():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.memory = nn.Linear(8, 16), nn.Linear(8, 16)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            query, memory = self.query(x), self.memory(x)
+            return self.head(self.attention(query, memory, memory, need_weights=False)[0])
+
+    tokens = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    pruned, _ = prune(make(Cross), tokens, protect=["attention"])
+    assert pruned.memory.out_features == pruned.query.out_features == 16
+    pruned, _ = prune(make(Cross), tokens)
+    assert pruned.memory.out_features == pruned.query.out_features == 8
+
+
 def test_taylor_keeps_the_heads_that_the_loss_depends_on():
     module = make(lambda: Vision(TorchAttention))
     gradients = {name: torch.zeros_like(p) for name, p in module.named_parameters()}

@@ -71,10 +71,10 @@ def prune_channels(
     """
     initial = initial_widths or read_widths(module)
     inputs = as_inputs(example)
-    protected = match_modules(module, protect)
     pruned = copy.deepcopy(module).eval()
     set_gradients(pruned, importance, gradients)
     with splitting_attention(pruned):
+        protected = match_modules(pruned, protect)
         graph, twin = Graph(pruned, inputs), Twin(pruned, inputs)
         prunable, left_alone = rank_groups(
             graph,

@@ -135,8 +135,8 @@ def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
     Raises:
         CompressionError: a pattern fits no module, or the model cannot be traced.
     """
-    protected = match_modules(module, rules.protect)
     split = split_attention(copy.deepcopy(module).eval())
+    protected = match_modules(split, rules.protect)
     graph, twin = Graph(split, example), Twin(split, example)
     prunable, left_alone = rank_groups(
         graph,
