@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 VISION := $(VENV)-vision
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs test-vision clean
+.PHONY: help demo test lint types docs test-vision test-browser clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -61,12 +61,24 @@ docs: $(STAMP) ## write docs/recipe.md from the models
 	$(BIN)/python -m deploykit.recipe.document > docs/recipe.md.new
 	mv docs/recipe.md.new docs/recipe.md
 
+# These benchmarks need torchvision.
+$(addprefix bench-,coverage): bench-%: $(VISION)/.installed
+	$(VISION)/bin/python benchmarks/$*.py
+
 bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
 	@test -f benchmarks/$*.py || { echo "there is no benchmarks/$*.py" >&2; exit 1; }
 	$(BIN)/python benchmarks/$*.py
 
 test-vision: $(VISION)/.installed ## test torchvision and timm models in their own environment
 	$(VISION)/bin/python -m pytest tests/vision
+
+test-browser: $(VENV)/.browser ## open the report in a real browser (needs chromium or chrome)
+	$(BIN)/python -m pytest tests/browser
+
+$(VENV)/.browser: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,browser]'
+	@touch $@
 
 clean: ## remove environments, runs and bundles
 	rm -rf $(VENV) $(VISION) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis

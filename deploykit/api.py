@@ -137,7 +137,7 @@ def compress_recipe(
     overrides: Sequence[str] = (),
     force: bool = False,
     resume: bool = False,
-    replay: Mapping[str, JsonDict] | None = None,
+    replay: Sequence[Mapping[str, JsonDict]] | None = None,
     progress: Progress | None = None,
     commands: Sequence[str] = (),
 ) -> Run:
@@ -149,7 +149,7 @@ def compress_recipe(
         overrides: ``section.key=value`` each.
         force: replace a run that stands at ``out``.
         resume: continue an interrupted run; begins one where there is none.
-        replay: measurements of an earlier run to decide by, by stage.
+        replay: measurements of an earlier run to decide by: for each trial, by stage.
         progress: who is told how far it is; default: nobody.
         commands: lines that reproduce the run, for the report.
 

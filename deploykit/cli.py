@@ -208,7 +208,7 @@ def _check(recipe_file: Path, overrides: list[str]) -> None:
     typer.echo("the recipe is sound; nothing was written")
 
 
-def _read_latencies(path: Path) -> dict[str, dict[str, object]]:
+def _read_latencies(path: Path) -> list[dict[str, dict[str, object]]]:
     from deploykit.stages import read_measurements
 
     return read_measurements(path)

@@ -21,7 +21,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(module: nn.Module, example: Tensor) -> int:
+def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     """Count the multiply-accumulates of one sample's forward pass.
 
     Convolutions, linear layers, matrix products and attention count; a bias, a normalization or
@@ -29,7 +29,7 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
 
     Args:
         module: left as it is; a copy runs, in evaluation mode.
-        example: at least one sample ``(N, ...)``; the first one is used.
+        inputs: at least one sample each, ``(N, ...)``; the first one is used.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -39,5 +39,5 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
     for part in module.modules():
         part.training = False
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(example[:1])
+        module(*(tensor[:1] for tensor in inputs))
     return int(counter.get_total_flops()) // 2

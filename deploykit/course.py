@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from deploykit.decisions import pays
 from deploykit.errors import BudgetError
@@ -19,12 +20,14 @@ class Course:
         origin: the stage that each one was made from, by its name.
         refused: names of those that the shipped model has not gone through.
         reasons: what was decided within a stage or about it, by its name.
+        speedups: what judged stages brought at batch 1 in the precision that ships, by name.
     """
 
     stages: list[Stage]
     origin: dict[str, Stage] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
+    speedups: dict[str, float] = field(default_factory=dict)
 
     @property
     def final(self) -> Stage:
@@ -36,12 +39,28 @@ class Course:
         self.origin[stage.name] = self.final
         self.stages.append(stage)
 
+    def copy(self) -> Course:
+        """Return a course that begins with the same stages and goes its own way."""
+        return Course(
+            list(self.stages),
+            dict(self.origin),
+            set(self.refused),
+            dict(self.reasons),
+            dict(self.speedups),
+        )
+
+    def moved(self, stages: Mapping[str, Stage]) -> Course:
+        """Return the same course with these stages, by name, in place of its own."""
+        origin = {name: stages[before.name] for name, before in self.origin.items()}
+        return replace(self, stages=[stages[stage.name] for stage in self.stages], origin=origin)
+
     def judge(self, stage: Stage, section: Judged, speedup: float) -> None:
         """Keep the last stage if it pays, or else do what its section says.
 
         Raises:
             BudgetError: it does not pay, and the recipe demands that it does.
         """
+        self.speedups[stage.name] = speedup
         if section.unless_it_pays == "keep" or pays(speedup, self.origin[stage.name], stage):
             return
         why = f"does not pay: {speedup:.2f}x the speed at batch 1 as it ships"

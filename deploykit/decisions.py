@@ -130,6 +130,7 @@ def _drop_check(budget: BudgetSection, baseline: Stage, final: Stage) -> JsonDic
     how = "" if budget.confidence is None else f" (upper end at {budget.confidence:.0%})"
     return {
         "name": "max_drop",
+        "limit": budget.max_drop,
         "value": judged,
         "passed": judged <= budget.max_drop,
         "why": f"expected a validation drop of at most {budget.max_drop:.2%}, "
@@ -141,6 +142,7 @@ def _speed_check(min_speedup: float, measured: JsonDict) -> JsonDict:
     latency = Latency.from_json(measured["latency"]["1"])
     return {
         "name": "min_speedup",
+        "limit": min_speedup,
         "value": latency.ratio,
         "passed": latency.ratio >= min_speedup,
         "why": f"expected {min_speedup:g}x the float model's speed at batch 1, "

@@ -21,7 +21,6 @@ PACKAGES = {
     "deploykit": ("deploykit",),
     "torch": ("torch",),
     "torchao": ("torchao",),
-    "torch-pruning": ("torch-pruning",),
     "onnx": ("onnx",),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
     "numpy": ("numpy",),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch.fx import GraphModule
@@ -20,12 +21,15 @@ from deploykit.precision import convert_floats, precision_of
 from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
 from deploykit.quantization.graphs import quiet
+from deploykit.quantization.recurrent import quantize_recurrent
 from deploykit.quantization.rules import kernels, module_of
+from deploykit.targets import CPU, resolve_target
 
 OPSET = 20
 # As the exporter writes it: op='aten.name' or target=torch.ops.aten.name.overload.
 OPERATOR = re.compile(r"(?:op='|target=torch\.ops\.)((?!higher_order)\w+\.\w+)")
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # by ONNX Runtime, where they are floats
 
 
 def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
@@ -49,6 +53,13 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     graph = candidate_graph(candidate)
     proto = _to_onnx(candidate, graph)
     _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
+    quantization = candidate.structure.get("quantization")
+    if quantization:
+        keep_float = frozenset(quantization.get("keep_float", ()))
+        if resolve_target(quantization["target"]).providers == (CPU,):
+            with quiet():
+                proto = quantize_recurrent(proto, graph.graph, keep_float)
+        _keep_floats(proto.graph)
     proto = convert_floats(proto, precision_of(candidate))
     _strip(proto)
     if candidate.structure.get("sparse") or candidate.structure.get("clustered"):
@@ -145,6 +156,49 @@ def _strip(proto: onnx.ModelProto) -> None:
         for value in [*graph.input, *graph.output, *graph.initializer]:
             del value.metadata_props[:]
             value.doc_string = ""
+
+
+def _keep_floats(graph: onnx.GraphProto) -> None:
+    """Keep ONNX Runtime from rounding weights that were left in float.
+
+    A float layer between pairs gets weights of eight bits from it, with one scale for the whole
+    tensor; not where the pair before it has a scale for each channel, here the same for all.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    dequantized = {
+        node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"
+    }
+    for place, node in reversed(list(enumerate(graph.node))):
+        weight, pair = constants.get(node.input[1]) if len(node.input) > 1 else None, None
+        if node.op_type in ROUNDED and weight and weight.data_type == onnx.TensorProto.FLOAT:
+            pair = dequantized.get(node.input[0])
+        if weight is None or pair is None or any(constants[one].dims for one in pair.input[1:]):
+            continue
+        channels = _input_channels(node, weight)
+        spread = [_repeated(constants[one], channels, node.name) for one in pair.input[1:]]
+        graph.initializer.extend(one for one in spread if one.name not in constants)
+        again = onnx.helper.make_node(
+            "DequantizeLinear",
+            [pair.input[0], *(one.name for one in spread)],
+            [f"{node.name}_input"],
+            f"{node.name}_dequantize",
+            axis=1,
+        )
+        node.input[0] = again.output[0]
+        graph.node.insert(place, again)
+
+
+def _input_channels(node: onnx.NodeProto, weight: onnx.TensorProto) -> int:
+    """Return how many channels a layer reads."""
+    given = {one.name: one.i for one in node.attribute}
+    if node.op_type == "Conv":
+        return int(weight.dims[1] * given.get("group", 1))
+    return int(weight.dims[given.get("transB", 0)])
+
+
+def _repeated(constant: onnx.TensorProto, count: int, name: str) -> onnx.TensorProto:
+    values = np.full(count, onnx.numpy_helper.to_array(constant))
+    return onnx.numpy_helper.from_array(values, f"{name}_{constant.name}")
 
 
 def _name_layers(graph: onnx.GraphProto, modules: Sequence[str]) -> None:

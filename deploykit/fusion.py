@@ -22,6 +22,7 @@ from deploykit.errors import ModelError
 INTEGER_LAYERS = frozenset(
     {
         "ConvInteger",
+        "DynamicQuantizeLSTM",
         "DynamicQuantizeMatMul",
         "MatMulInteger",
         "MatMulInteger16",
@@ -34,8 +35,20 @@ INTEGER_LAYERS = frozenset(
 # What ONNX Runtime appends to the name of a node when it changes the layout of its tensors.
 LAYOUT_WORDS = re.compile(r"(_token_\d+|_nchwc)+$")
 FLOAT_LAYERS = frozenset(
-    {"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
+    {
+        "Conv",
+        "ConvTranspose",
+        "FusedConv",
+        "FusedGemm",
+        "FusedMatMul",
+        "GRU",
+        "Gemm",
+        "LSTM",
+        "MatMul",
+        "RNN",
+    }
 )
+NO_INTEGER_KERNEL = frozenset({"ConvTranspose", "GRU", "RNN"})
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,15 @@ class _Graph:
         producer = self.producers.get(tensor)
         return producer is not None and producer.op_type == "DequantizeLinear"
 
+    def is_constant(self, tensor: str) -> bool:
+        """Whether a float tensor depends on no input; packed weights are decoded from constants."""
+        if tensor in self.constants:
+            return True
+        producer = self.producers.get(tensor)
+        if producer is None or producer.op_type == "DequantizeLinear":
+            return False
+        return all(self.is_constant(source) for source in producer.input if source)
+
     def constant(self, tensor: str) -> Any:
         """Return a constant's values, or None."""
         from onnx import numpy_helper
@@ -234,8 +256,12 @@ def _why_float(name: str, graph: _Graph) -> str:
     node = graph.nodes.get(name)
     if node is None:
         return "ONNX Runtime made it itself; the written graph has no such layer"
-    if node.op_type == "ConvTranspose":
-        return "ONNX Runtime has no integer kernel for ConvTranspose on the CPU"
+    if node.op_type in NO_INTEGER_KERNEL:
+        return f"ONNX Runtime has no integer kernel for {node.op_type} on the CPU"
+    if node.op_type == "LSTM":
+        return "its weights are floats: the integer kernel is not faster for few units"
+    if len(node.input) > 1 and graph.is_constant(node.input[1]):
+        return "its weights are floats"
     for role, tensor in zip(("first input", "second input"), node.input, strict=False):
         if not graph.is_dequantized(tensor):
             return f"its {role} is not quantized: {_origin(tensor, graph)}"

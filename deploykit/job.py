@@ -44,7 +44,7 @@ def run_recipe(
     module: nn.Module | None = None,
     force: bool = False,
     resume: bool = False,
-    replay: Mapping[str, JsonDict] | None = None,
+    replay: Sequence[Mapping[str, JsonDict]] | None = None,
     progress: Progress | None = None,
     commands: Sequence[str] = (),
 ) -> Run:
@@ -57,7 +57,7 @@ def run_recipe(
         module: the float model, where it was given as an object; else the recipe's is built.
         force: replace a run that stands at ``out``.
         resume: continue an interrupted run; begins one where there is none.
-        replay: measurements of an earlier run to decide by, by stage.
+        replay: measurements of an earlier run to decide by: for each trial, by stage.
         progress: who is told how far it is; default: nobody.
         commands: lines that reproduce the run, for the report.
 
@@ -137,17 +137,18 @@ def check_speed_can_be_judged(recipe: Recipe, *, replayed: bool) -> None:
         )
 
 
-def _check_replay(recipe: Recipe, replay: Mapping[str, JsonDict] | None) -> None:
+def _check_replay(recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | None) -> None:
     """Refuse measurements that lack a stage before any work is done."""
     named = ("distill", "prune", "sparsify", "cluster", "quantize")
     stages = ["train", *(name for name in named if getattr(recipe, name) is not None)]
     if recipe.precision_on(resolve_target(recipe.target)) not in {"int8", "fp32"}:
         stages.append("convert")
-    missing = [name for name in stages if replay is not None and name not in replay]
+    first = {} if not replay else replay[0]
+    missing = [name for name in stages if replay is not None and name not in first]
     if missing:
         raise UsageError(
             f"--latency-table: expected measurements of {', '.join(missing)}, got only "
-            f"{', '.join(replay or ()) or 'none'}; take a measurements.json of the same stages"
+            f"{', '.join(first) or 'none'}; take a measurements.json of the same stages"
         )
 
 

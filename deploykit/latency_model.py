@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -21,38 +21,19 @@ from torch import nn
 
 from deploykit.artifacts import Candidate, OnnxModel
 from deploykit.exporter import export_onnx
-from deploykit.fusion import FLOAT_LAYERS, INTEGER_LAYERS, fused_operators, written_names
+from deploykit.fusion import fused_operators
+from deploykit.latency_parts import Part, latency_parts
 from deploykit.layer_shapes import LayerShape, is_inside, layer_shapes
 from deploykit.measure import Latency, measure_latency
 from deploykit.measure.layer_times import LayerTimes
-from deploykit.measure.profile import NodeTime, profile_nodes
 from deploykit.publish import write_json
 from deploykit.quantize import calibrate
 from deploykit.structure import example_input
 from deploykit.targets import CPU, Target, why_not_here
-from deploykit.widths import output_width, read_widths
+from deploykit.widths import Widths, output_width, read_widths
 
-Widths = Mapping[str, Mapping[str, int]]
 SECONDS = 2.0  # to time a model
 SAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Part:
-    """A share of the model's latency that one layer decides.
-
-    Attributes:
-        layer: name of the module; "" where no layer decides.
-        ms: what it takes in the model as it is.
-        moved: the part of ``ms`` that follows the layer's output channels; the rest of what
-            is no kernel stays for as long as the layer does.
-        kernel: whether it is the layer itself, whose cost the table tells.
-    """
-
-    layer: str
-    ms: float
-    moved: float
-    kernel: bool
 
 
 @dataclass(frozen=True)
@@ -226,10 +207,9 @@ class LatencyCost:
         with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
             model = self._ship(self.candidate, Path(folder) / "whole.onnx")
             measured_ms = _batch_one({"whole": model}, threads)["whole"].median_ms
-            nodes = profile_nodes(model, threads=threads)
+            parts = latency_parts(model, layers, threads=threads, measured_ms=measured_ms)
             integer = fused_operators(model, threads).integer
-            names = written_names(model, [node.name for node in nodes], threads)
-        return Profile(measured_ms, _parts(nodes, names, layers, measured_ms), frozenset(integer))
+        return Profile(measured_ms, parts, frozenset(integer))
 
     def _ship(self, candidate: Candidate, path: Path) -> OnnxModel:
         if self.quantized:
@@ -289,38 +269,3 @@ def _random_samples(candidate: Candidate) -> np.ndarray:
     if spec.dtype == "uint8":
         return generator.integers(0, 256, shape, dtype=np.uint8)
     return generator.standard_normal(shape).astype(spec.dtype)
-
-
-def _parts(
-    nodes: Sequence[NodeTime],
-    names: Mapping[str, str],
-    layers: Iterable[str],
-    measured_ms: float,
-) -> tuple[Part, ...]:
-    """Give every executed node to the layer that decides what it takes.
-
-    The profiler's own time, the same for each node, is taken off; what a call costs beside its
-    nodes is spread over them.
-    """
-    known = set(layers)
-    overhead = max(0.0, sum(n.microseconds for n in nodes) - 1000 * measured_ms) / len(nodes)
-    least = min(node.microseconds for node in nodes) / 2
-    net = {node.name: max(least, node.microseconds - overhead) for node in nodes}
-    scale = measured_ms / sum(net.values())
-    smallest = min(net.values())
-    deciding: dict[str, str] = {}
-    order: dict[str, int] = {}
-    parts = []
-    for place, node in enumerate(nodes):
-        kernel = node.operator in INTEGER_LAYERS | FLOAT_LAYERS
-        layer = names.get(node.name, "") if kernel else ""
-        if layer not in known:
-            kernel = False
-            before = [deciding[name] for name in node.reads if deciding.get(name)]
-            layer = max(before, key=lambda name: order[name], default="")
-        if layer:
-            deciding[node.name] = layer
-            order.setdefault(layer, place)
-        ms = scale * net[node.name]
-        parts.append(Part(layer, ms, 0.0 if kernel else ms - scale * smallest, kernel))
-    return tuple(parts)

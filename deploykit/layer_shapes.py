@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from deploykit.models.attention import splitting_attention
 from deploykit.models.modes import evaluating
-from deploykit.widths import output_width
+from deploykit.widths import LayerWidths, input_width, output_width
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,36 @@ class LayerShape:
         weights = self.inputs * self.outputs // self.groups * math.prod(self.kernel)
         return weights * math.prod(places)
 
-    def with_widths(self, widths: Mapping[str, int]) -> LayerShape:
+    def with_widths(self, widths: LayerWidths) -> LayerShape:
         """Return the layer with other widths, as `read_widths` gives them."""
-        inputs = widths["in_channels" if "in_channels" in widths else "in_features"]
         groups = widths.get("groups", 1)
-        return replace(self, inputs=inputs, outputs=output_width(widths), groups=groups)
+        assert isinstance(groups, int)
+        inputs, outputs = input_width(widths), output_width(widths)
+        return replace(self, inputs=inputs, outputs=outputs, groups=groups)
+
+
+def layers_of(module: nn.Module) -> list[str]:
+    """Return the names of a module's convolutions and linear layers, in order."""
+    kinds = nn.modules.conv._ConvNd | nn.Linear
+    return [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
 
 
 def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
     """Return the shape of each convolution and linear layer that a forward pass calls.
+
+    Attention counts as the layers that stand for it once heads are gone.
 
     Args:
         module: left as it is.
         example: float input ``(N, ...)``.
     """
     shapes: dict[str, LayerShape] = {}
+    with splitting_attention(module):
+        _note_shapes(module, example, shapes)
+    return shapes
 
+
+def _note_shapes(module: nn.Module, example: Tensor, shapes: dict[str, LayerShape]) -> None:
     def note(name: str) -> Any:
         def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             shapes[name] = _shape(layer, tuple(inputs[0].shape[1:]))
@@ -85,9 +99,7 @@ def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
         return hook
 
     hooks = [
-        layer.register_forward_hook(note(name))
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+        module.get_submodule(name).register_forward_hook(note(name)) for name in layers_of(module)
     ]
     try:
         with torch.no_grad(), evaluating(module):
@@ -95,7 +107,6 @@ def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
     finally:
         for hook in hooks:
             hook.remove()
-    return shapes
 
 
 def _shape(layer: Any, read: tuple[int, ...]) -> LayerShape:

@@ -13,6 +13,14 @@ import numpy as np
 from torch import nn
 
 from deploykit.artifacts import Candidate, JsonDict, Report
+from deploykit.attempts import (
+    Attempt,
+    Trial,
+    adopt,
+    outcome_of,
+    try_until_it_holds,
+    what_fell_short,
+)
 from deploykit.bundle_files import Golden, golden_files
 from deploykit.cluster import cluster
 from deploykit.course import Course
@@ -20,7 +28,7 @@ from deploykit.data import Dataset
 from deploykit.decisions import ptq_decision, stage_decision
 from deploykit.distill import distill
 from deploykit.environment import cache_folder
-from deploykit.errors import BudgetError, DataError
+from deploykit.errors import BudgetError, CompressionError, DataError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
@@ -36,22 +44,35 @@ from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
 from deploykit.runtime import open_session, run_model
+from deploykit.sensitivity import Sensitivity, layers_to_keep_float, quantization_sensitivity
 from deploykit.sparsify import sparsify
-from deploykit.stages import Stage, measure_stages, prove
+from deploykit.stages import Stage, is_quantized, measure_stages, prove
 from deploykit.start import student_candidate, teacher_candidate
 from deploykit.targets import resolve_target
 from deploykit.train import Training, distillation, fit
+from deploykit.trials import Outcome, best_trial, described, may_try_again
 
 GOLDEN_SAMPLES = 16
+JUDGED = 32  # samples that tell which layers integers harm
+NOISE_STEP = 3.0  # dB that a trial with more layers in float is to gain
 DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says so
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all stages of one run share."""
+    """What all stages of one run, or of one trial within it, share.
+
+    Attributes:
+        recipe: the run's, or as the trial has it.
+        run: where the stages are written.
+        home: the run's own folder.
+        dataset: the samples.
+        training: data and plan of every training.
+    """
 
     recipe: Recipe
     run: RunFolder
+    home: RunFolder
     dataset: Dataset
     training: Training
     teacher: Candidate | None = None
@@ -74,7 +95,7 @@ def run_stages(
     *,
     start: Candidate,
     progress: Progress,
-    replay: Mapping[str, JsonDict] | None = None,
+    replay: Sequence[Mapping[str, JsonDict]] | None = None,
     commands: Sequence[str] = (),
 ) -> Report:
     """Run every stage that ``recipe`` names, and write all that belongs to the run.
@@ -88,7 +109,7 @@ def run_stages(
         dataset: the recipe's, loaded.
         start: the float model that the run begins with, see `deploykit.start`.
         progress: who is told how far it is.
-        replay: measurements to decide by in place of new ones, by stage.
+        replay: measurements to decide by in place of new ones: for each trial, by stage.
         commands: lines that reproduce the run, for the report.
 
     Returns:
@@ -108,13 +129,18 @@ def run_stages(
         seed=recipe.seed,
         checkpoints=run.checkpoints,
         progress=progress,
+        answers=run.checkpoints / "answers.sqlite" if may_try_again(recipe) else None,
     )
-    work = Work(recipe, run, dataset, training, teacher, student)
-    course = _make_stages(work, start)
-    raise_if_stopped("measuring")
-    work.say("measuring latency")
-    measured = measure_stages(course.stages, recipe, run, replay)
-    _judge_quantized(course, recipe, measured)
+    work = Work(recipe, run, run, dataset, training, teacher, student)
+    course = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
+    if recipe.distill is not None:
+        _distill(work, course)
+        work = work.fed_as(course.final.candidate)
+    most = None if replay is None else len(replay)
+    trials = try_until_it_holds(recipe, run, _attempt(work, course, replay), most)
+    best = best_trial([trial.outcome for trial in trials])
+    chosen = adopt(trials, best, run)
+    course, measured = chosen.course, chosen.measured
     decisions = [
         stage_decision(
             course.origin[stage.name],
@@ -126,6 +152,7 @@ def run_stages(
         for stage in course.stages[1:]
     ]
     _keep_golden(work, course.final)
+    rounding = _sensitivity(work, course.final.candidate) if is_quantized(course.final) else None
     report = make_report(
         recipe,
         dataset,
@@ -134,27 +161,70 @@ def run_stages(
         final=course.final,
         decisions=decisions,
         commands=commands,
+        trials=[
+            {**trial.to_json(), "number": number, "chosen": trial is trials[best]}
+            for number, trial in enumerate(trials, start=1)
+        ],
+        rounding=None if rounding is None else rounding.to_json(),
     )
     write_report(report, run.path)
     if not report.budget["passed"]:
-        failed = "; ".join(check["why"] for check in report.budget["checks"] if not check["passed"])
-        raise BudgetError(f"budget: {failed}; see {run.path / 'report.html'}")
+        raise BudgetError(f"budget: {what_fell_short(trials, best)}; see {run.path}/report.html")
     return report
 
 
-def _make_stages(work: Work, start: Candidate) -> Course:
-    """Make every stage that the recipe names, each from the last one kept."""
+def _attempt(work: Work, begun: Course, replay: Sequence[Mapping[str, JsonDict]] | None) -> Attempt:
+    """Return what makes and measures every stage that may vary once, as a trial's recipe says."""
+
+    def attempt(recipe: Recipe, folder: RunFolder, number: int) -> Trial:
+        one = replace(work, recipe=recipe, run=folder)
+        if number > 1:
+            one = replace(one, training=one.training.in_folder(f"trial-{number}"))
+            work.say(f"trial {number}: {described(recipe)}")
+        try:
+            course = _make_stages(one, begun)
+        except CompressionError as error:
+            if number == 1:  # the recipe itself asks for what cannot be
+                raise
+            return Trial(folder, begun, {}, Outcome(recipe.prune, failed=str(error)))
+        raise_if_stopped("measuring")
+        work.say("measuring latency")
+        known = None if replay is None else replay[number - 1]
+        measured = measure_stages(course.stages, recipe, folder, known)
+        _judge_quantized(course, recipe, measured)
+        outcome = outcome_of(recipe, course, measured)
+        if not outcome.holds("max_drop") and is_quantized(course.final):
+            outcome = replace(outcome, sensitive=_rather_in_float(one, course.final.candidate))
+        return Trial(folder, course, measured, outcome)
+
+    return attempt
+
+
+def _sensitivity(work: Work, candidate: Candidate) -> Sensitivity:
+    """Measure what integers cost in each layer of a quantized candidate."""
+    samples = np.load(work.home.calibration, mmap_mode="r", allow_pickle=False)[:JUDGED]
+    return quantization_sensitivity(candidate, np.array(samples), seed=work.recipe.seed)
+
+
+def _rather_in_float(work: Work, candidate: Candidate) -> tuple[str, ...]:
+    """Return the layers without whose integers the logits would be a step less noisy."""
+    found = _sensitivity(work, candidate)
+    wanted = found.decibels(found.noise) + NOISE_STEP
+    layers = layers_to_keep_float(candidate, found, wanted_db=wanted)
+    return () if found.weights.keys() <= set(layers) else layers
+
+
+def _make_stages(work: Work, begun: Course) -> Course:
+    """Make every further stage that the recipe names, each from the last one kept."""
     recipe: Recipe = work.recipe
-    course = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
-    if recipe.distill is not None:
-        _distill(work, course)
-        work = work.fed_as(course.final.candidate)
+    course = begun.copy()
     if recipe.prune is not None:
         latency = _latency(work, course.final.candidate, "prune")
         before, started = course.final, time.monotonic()
         stage = _proved(work, started, lambda: _prune(before.candidate, work, latency))
         course.add(stage)
-        if recipe.prune.unless_it_pays != "keep" and latency.is_here:
+        judged = recipe.prune.unless_it_pays != "keep"
+        if latency.is_here and (judged or may_try_again(recipe)):
             removed = stage.candidate.structure.get("removed", ())
             speedup = latency.speedup(stage.candidate.module, removed)
             course.judge(stage, recipe.prune, speedup)
@@ -256,7 +326,8 @@ def _latency(work: Work, candidate: Candidate, stage: str) -> LatencyCost:
         resolve_target(recipe.target),
         quantized=recipe.quantize is not None,
         times=LayerTimes.open(cache_folder(), recipe.threads),
-        record=work.run.latencies(stage),
+        # What trials measure of one model to prune is the same for all of them.
+        record=(work.home if stage == "prune" else work.run).latencies(stage),
     )
 
 
@@ -274,13 +345,19 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     assert section is not None
     target, started = resolve_target(recipe.target), time.monotonic()
     rows = calibration_rows(len(work.dataset.train), section, recipe.seed)
-    samples = work.run.save_calibration(work.dataset.train.load, rows)
+    samples = work.home.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
     if section.mode != "qat":
         stage = _proved(
             work,
             started,
-            lambda: calibrate(before.candidate, samples, target=target),
+            lambda: calibrate(
+                before.candidate,
+                samples,
+                target=target,
+                keep_float=section.keep_float,
+                min_sqnr=section.min_sqnr,
+            ),
         )
         if section.mode == "ptq":
             return stage, why
@@ -297,6 +374,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             section,
             target=target,
             teacher=_as_fed(baseline.candidate, before.candidate),
+            keep_float=section.keep_float,
         ),
     )
     return stage, f"qat: {why}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import CompressionError
 from deploykit.held_weights import projections
+from deploykit.models.weights import load_tensors
 from deploykit.quantization.deployable import exact_inputs
 from deploykit.quantization.graphs import (
     calibration_graph,
@@ -20,11 +22,17 @@ from deploykit.quantization.graphs import (
     quiet,
     read_parameters,
     set_graph_mode,
+    trace,
     training_graph,
 )
-from deploykit.quantization.quantizer import Parameters
+from deploykit.quantization.rules import Parameters, match_layers
 from deploykit.recipe.sections import QuantizeSection
 from deploykit.seeds import stable_seed
+from deploykit.sensitivity import (
+    layers_to_keep_float,
+    quantization_sensitivity,
+    signal_to_noise,
+)
 from deploykit.structure import example_input
 from deploykit.targets import Target
 
@@ -32,9 +40,18 @@ if TYPE_CHECKING:
     from deploykit.train import Training
 
 CALIBRATION_BATCH = 32
+JUDGED = 32  # samples that tell how much roundings cost
+MARGINS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # dB more, where the estimate fell short
 
 
-def calibrate(candidate: Candidate, samples: np.ndarray, *, target: Target) -> Candidate:
+def calibrate(
+    candidate: Candidate,
+    samples: np.ndarray,
+    *,
+    target: Target,
+    keep_float: Sequence[str] = (),
+    min_sqnr: float | None = None,
+) -> Candidate:
     """Quantize after training: watch the ranges of activations on raw training samples.
 
     Args:
@@ -43,19 +60,53 @@ def calibrate(candidate: Candidate, samples: np.ndarray, *, target: Target) -> C
             They stream through in small batches and leave only histograms, so that memory does
             not grow with their number.
         target: decides the integer types.
+        keep_float: shell patterns over the names of modules whose layers stay in float.
+        min_sqnr: smallest signal-to-quantization-noise ratio of the logits, in dB, on the first
+            of ``samples``. More layers stay in float, the most sensitive first, until it holds;
+            ``structure.quantization.keep_float`` names them all, the notes what each costs.
 
     Raises:
-        CompressionError: the model has nothing that runs in integers.
+        CompressionError: the model has nothing that runs in integers, a pattern fits no layer,
+            or integers in no layer leave ``min_sqnr``.
     """
+    kept = _kept(candidate, keep_float)
+    quantized = _calibrated(candidate, samples, target, kept)
+    if min_sqnr is None:
+        return quantized
+    judged = np.array(samples[:JUDGED])
+    found = signal_to_noise(candidate, quantized, judged)
+    if found >= min_sqnr:
+        return replace(quantized, notes={"rounding": {"sqnr_db": round(found, 2)}})
+    # To first order, what a rounding costs depends on no other: once is enough.
+    sensitivity = quantization_sensitivity(quantized, judged)
+    for margin in MARGINS:
+        chosen = layers_to_keep_float(quantized, sensitivity, wanted_db=min_sqnr + margin)
+        if sensitivity.weights.keys() <= set(chosen):
+            break
+        mixed = _calibrated(candidate, samples, target, frozenset(chosen))
+        found = signal_to_noise(candidate, mixed, judged)
+        if found >= min_sqnr:
+            notes = {"rounding": {"sqnr_db": round(found, 2), **sensitivity.to_json()}}
+            return replace(mixed, notes=notes)
+    raise CompressionError(
+        f"quantize.min_sqnr: expected at most {found:.1f}, which the fewest layers in integers "
+        f"reach, got {min_sqnr:g}; lower it, train the quantization (mode: qat), or remove the "
+        "quantize section"
+    )
+
+
+def _calibrated(
+    candidate: Candidate, samples: np.ndarray, target: Target, kept: frozenset[str]
+) -> Candidate:
     from deploykit.data.pixels import normalize
 
-    exact = exact_inputs(candidate, target)
-    graph = calibration_graph(candidate.module, example_input(candidate, batch=2), target, exact)
+    exact, example = exact_inputs(candidate, target), example_input(candidate, batch=2)
+    graph = calibration_graph(candidate.module, example, target, exact, kept)
     with torch.no_grad(), quiet():
         for start in range(0, len(samples), CALIBRATION_BATCH):
             batch = torch.from_numpy(np.array(samples[start : start + CALIBRATION_BATCH]))
             graph(normalize(batch, candidate.signature.preprocess))
-    return _quantized(candidate, candidate.module, read_parameters(graph), target, "ptq", {})
+    return _quantized(candidate, candidate.module, read_parameters(graph), target, kept, "ptq", {})
 
 
 def calibration_rows(count: int, section: QuantizeSection, seed: int) -> np.ndarray:
@@ -71,6 +122,7 @@ def train_quantized(
     *,
     target: Target,
     teacher: nn.Module | None = None,
+    keep_float: Sequence[str] = (),
 ) -> Candidate:
     """Quantize in training: the model learns weights and ranges that integers serve well.
 
@@ -79,20 +131,22 @@ def train_quantized(
     arithmetic that ships.
 
     Args:
-        candidate: a float candidate; left as it is.
-        training: data and plan.
-        section: epochs, rate, when statistics stand still.
+        candidate: a float candidate.
+        training: data, seed and device.
+        section: how long, and at which rate.
         target: decides the integer types.
+        keep_float: shell patterns over the names of modules whose layers stay in float.
         teacher: a float module whose answers are learned from where the section says so; the
             candidate's own by default.
 
     Raises:
-        CompressionError: the model has nothing that runs in integers.
+        CompressionError: the model has nothing that runs in integers, or a pattern fits no layer.
     """
     from deploykit.train import distillation, fit, recovery_plan
 
-    exact = exact_inputs(candidate, target)
-    graph = training_graph(candidate.module, example_input(candidate, batch=2), target, exact)
+    exact, example = exact_inputs(candidate, target), example_input(candidate, batch=2)
+    kept = _kept(candidate, keep_float)
+    graph = training_graph(candidate.module, example, target, exact, kept)
     plan = recovery_plan(training.plan, section)
     taught = None
     if section.distill:
@@ -110,11 +164,17 @@ def train_quantized(
     module = copy.deepcopy(candidate.module)
     trained = graph.state_dict()
     # What the graph has no use for (num_batches_tracked) stays as it was.
-    module.load_state_dict(
-        {name: trained.get(name, old) for name, old in module.state_dict().items()}
+    load_tensors(
+        module, {name: trained.get(name, old) for name, old in module.state_dict().items()}
     )
     notes = {"recovery": [result.to_json()]}
-    return _quantized(candidate, module, read_parameters(graph), target, "qat", notes)
+    return _quantized(candidate, module, read_parameters(graph), target, kept, "qat", notes)
+
+
+def _kept(candidate: Candidate, patterns: Sequence[str]) -> frozenset[str]:
+    if not patterns:
+        return frozenset()
+    return match_layers(trace(candidate.module, example_input(candidate, batch=2)).graph, patterns)
 
 
 def _freezing(section: QuantizeSection, epochs: int) -> Callable[[nn.Module, int, int], None]:
@@ -132,6 +192,7 @@ def _quantized(
     module: nn.Module,
     parameters: dict[str, Parameters],
     target: Target,
+    keep_float: frozenset[str],
     mode: str,
     notes: JsonDict,
 ) -> Candidate:
@@ -143,6 +204,7 @@ def _quantized(
     quantization = {
         "target": target.name,
         "mode": mode,
+        "keep_float": sorted(keep_float),
         "parameters": {key: list(value) for key, value in parameters.items()},
     }
     return Candidate(

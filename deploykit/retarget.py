@@ -19,7 +19,7 @@ from deploykit.job import read_data
 from deploykit.measure import evaluate_onnx, size_bytes
 from deploykit.precision import convert
 from deploykit.quantize import calibrate
-from deploykit.recipe.sections import Recipe
+from deploykit.recipe.sections import QuantizeSection, Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.statistics import paired_drop
 from deploykit.structure import load_candidate
@@ -70,7 +70,14 @@ def make_for(
     source = _float_candidate(run, recipe, target)
     if precision == "int8":
         samples = _calibration(run, source)
-        candidate = calibrate(source, samples, target=target)
+        section = recipe.quantize or QuantizeSection()
+        candidate = calibrate(
+            source,
+            samples,
+            target=target,
+            keep_float=section.keep_float,
+            min_sqnr=section.min_sqnr,
+        )
     else:
         samples = golden_inputs
         candidate = convert(source, precision)

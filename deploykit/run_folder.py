@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,7 +27,8 @@ class RunFolder:
 
     ``recipe.yaml`` (resolved), ``splits.json``, ``measurements.json``, ``report.json``,
     ``report.html``, ``candidates/STAGE/``, ``onnx/STAGE.onnx`` (what was measured),
-    ``golden/`` (samples for the bundle), ``calibration.npy``, ``checkpoints/``, ``logs/``.
+    ``golden/`` (samples for the bundle), ``calibration.npy``, ``checkpoints/``, ``logs/``, and
+    ``trials/N/`` with the stages of each try to hold a budget.
     """
 
     path: Path
@@ -63,6 +64,29 @@ class RunFolder:
     def candidate(self, stage: str) -> Path:
         """Return the folder of the candidate that ``stage`` made."""
         return self.path / "candidates" / stage
+
+    def trial(self, number: int) -> RunFolder:
+        """Return the folder of one try to hold the budget; it is made."""
+        path = self.path / "trials" / str(number)
+        path.mkdir(parents=True, exist_ok=True)
+        return RunFolder(path)
+
+    def adopt(self, trial: RunFolder, stages: Sequence[str], measured: JsonDict) -> None:
+        """Take over what a trial made.
+
+        Args:
+            trial: its folder, which stays as it is.
+            stages: those that it made.
+            measured: what ``measurements.json`` says beside the trial's own.
+        """
+        (self.path / "onnx").mkdir(exist_ok=True)
+        for stage in stages:
+            write_atomic(self.onnx(stage), trial.onnx(stage).read_bytes())
+            if trial.candidate(stage).is_dir():
+                with publish_folder(self.candidate(stage), force=True) as staging:
+                    shutil.copytree(trial.candidate(stage), staging, dirs_exist_ok=True)
+        own = trial.read_json("measurements.json") or {}
+        self.write_json("measurements.json", {**own, **measured})
 
     def is_empty(self) -> bool:
         """Whether a process that was killed at its very beginning may have left the folder."""

@@ -26,6 +26,8 @@ def make_report(
     final: Stage,
     decisions: Sequence[Decision],
     commands: Sequence[str],
+    trials: Sequence[JsonDict] = (),
+    rounding: JsonDict | None = None,
 ) -> Report:
     """Draw everything together; reads the test split, for the first and the final stage only."""
     baseline = stages[0]
@@ -53,7 +55,11 @@ def make_report(
         },
         budget=budget,
         decisions=tuple(decision.to_json() for decision in decisions),
-        details=_details(recipe, dataset, stages, measured, final, test, commands),
+        details={
+            **_details(recipe, dataset, stages, measured, final, test, commands),
+            "trials": list(trials),
+            "rounding": rounding,
+        },
     )
 
 
@@ -87,6 +93,7 @@ def _details(
         "model": _shipped(final, recipe),
         "input": dict(final.candidate.structure["input"]),
         "normalization": measured[final.name].get("normalization"),
+        "layers_ms": _layers_ms(measured[stages[0].name], measured[final.name]),
         "warnings": [*dataset.warnings, *_floats(fusion)],
         "commands": list(commands),
     }
@@ -107,6 +114,17 @@ def _details(
     if fusion is not None:
         details["fusion"] = fusion
     return details
+
+
+def _layers_ms(before: JsonDict, after: JsonDict) -> list[JsonDict]:
+    """Set what each layer takes at batch 1 before and after beside each other."""
+    old, new = before.get("layers_ms", {}), after.get("layers_ms", {})
+    return [
+        {"layer": layer, "before": old.get(layer), "after": new.get(layer)}
+        for layer in sorted(
+            {**old, **new}, key=lambda layer: (not layer, [*old, *new].index(layer))
+        )
+    ]
 
 
 def _fits(stage: Stage) -> list[tuple[str, JsonDict]]:

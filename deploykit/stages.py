@@ -14,6 +14,8 @@ from deploykit.data import Dataset
 from deploykit.errors import UsageError
 from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
+from deploykit.latency_parts import latency_by_layer
+from deploykit.layer_shapes import layers_of
 from deploykit.measure import (
     Evaluation,
     Latency,
@@ -127,6 +129,13 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         }
         for stage in stages
     }
+    for stage in stages if on_cpu else ():
+        measured[stage.name]["layers_ms"] = latency_by_layer(
+            stage.model,
+            layers_of(stage.candidate.module),
+            threads=recipe.threads,
+            measured_ms=latency[stage.name]["1"].median_ms,
+        )
     for stage in stages:
         if stage.model.signature.takes_images and on_cpu:
             measured[stage.name]["normalization"] = measure_normalization(
@@ -135,15 +144,16 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
     return measured
 
 
-def read_measurements(path: Path) -> dict[str, JsonDict]:
-    """Return the stages of a ``measurements.json``, to decide by them again.
+def read_measurements(path: Path) -> list[dict[str, JsonDict]]:
+    """Return the stages of each trial in a ``measurements.json``, to decide by them again.
 
     Raises:
         UsageError: it is no such file.
     """
     try:
-        stages: dict[str, JsonDict] = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        for measured in stages.values():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        trials: list[dict[str, JsonDict]] = content.get("trials") or [content["stages"]]
+        for measured in [one for stages in trials for one in stages.values()]:
             int(measured["peak_memory_bytes"])
             for batch in BATCHES:
                 Latency.from_json(measured["latency"][batch])
@@ -152,7 +162,7 @@ def read_measurements(path: Path) -> dict[str, JsonDict]:
             f"--latency-table: {path}: expected the measurements.json of a run, got "
             f"{type(error).__name__}: {error}; name one"
         ) from error
-    return stages
+    return trials
 
 
 def describe(stage: Stage, measured: JsonDict) -> JsonDict:
@@ -179,6 +189,11 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
         "parameters": count_parameters(candidate.module),
         "seconds": round(stage.seconds, 3),
     }
+
+
+def is_quantized(stage: Stage) -> bool:
+    """Whether a stage has activations in integers; recurrent layers alone have none."""
+    return bool(stage.candidate.structure.get("quantization", {}).get("parameters"))
 
 
 def fusion_of(stage: Stage, threads: int) -> JsonDict | None:

@@ -20,6 +20,7 @@ from deploykit.models.modes import evaluating
 from deploykit.models.normalization import fold_normalization
 from deploykit.prune.groups import match_modules
 from deploykit.quantization.graphs import trace
+from deploykit.quantization.rules import match_layers
 from deploykit.recipe.sections import ModelSection, Recipe
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input
@@ -53,9 +54,7 @@ def student_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
         return None
     with _told_of("distill.student"):
         module = _build(recipe.distill.student, recipe, dataset)
-        candidate = _folded(_plain(recipe.distill.student, module, dataset), stage="distill")
-        trace(candidate.module, example_input(candidate, batch=2))
-        return candidate
+        return _folded(_plain(recipe.distill.student, module, dataset), stage="distill")
 
 
 def teacher_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
@@ -162,20 +161,26 @@ def _check_stages(recipe: Recipe, dataset: Dataset, candidate: Candidate) -> Non
         raise RecipeError(["data.augment: expected images to augment, got arrays; remove it"])
     if recipe.train is not None:
         match_groups(candidate.module, recipe.train.groups)
-    trace(candidate.module, example_input(candidate, batch=2))
     teacher_candidate(recipe, dataset)
     student = student_candidate(recipe, dataset)
     if recipe.distill is None or recipe.distill.unless_it_pays == "drop":
-        _check_patterns(recipe, candidate.module)
+        _check_patterns(recipe, candidate)
+    else:
+        trace(candidate.module, example_input(candidate, batch=2))
     if student is not None:
-        _check_patterns(recipe, student.module)
+        with _told_of("distill.student"):
+            _check_patterns(recipe, student)
 
 
-def _check_patterns(recipe: Recipe, module: nn.Module) -> None:
-    """Match patterns with a model that may go on to be compressed."""
+def _check_patterns(recipe: Recipe, candidate: Candidate) -> None:
+    """Trace a model that may go on to be compressed, and match patterns with it."""
+    module = candidate.module
     if recipe.prune is not None:
         match_modules(module, recipe.prune.protect)
     if recipe.sparsify is not None:
         check_protected(module, recipe.sparsify.protect, "sparsify")
     if recipe.cluster is not None:
         check_protected(module, recipe.cluster.protect, "cluster")
+    graph = trace(module, example_input(candidate, batch=2))
+    if recipe.quantize is not None:
+        match_layers(graph.graph, recipe.quantize.keep_float)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploykit.artifacts import JsonDict
+from deploykit.models.attention import HeadAttention, can_replace, replace_attention
 
 # What pruning changes on a layer; torch's own layers keep their sizes under these names.
 ATTRIBUTES = (
@@ -16,44 +17,119 @@ ATTRIBUTES = (
     "out_features",
     "num_features",
     "num_parameters",
+    "num_channels",
+    "normalized_shape",
+    "embedding_dim",
 )
+LayerWidths = Mapping[str, int | list[int]]
+Widths = Mapping[str, LayerWidths]
 
 
-def read_widths(module: nn.Module) -> dict[str, dict[str, int]]:
-    """Return the width attributes of each convolution, linear and norm layer by module name."""
-    layers = nn.modules.conv._ConvNd | nn.Linear | nn.modules.batchnorm._NormBase | nn.PReLU
-    return {
-        name: {key: getattr(layer, key) for key in ATTRIBUTES if hasattr(layer, key)}
-        for name, layer in module.named_modules()
-        if isinstance(layer, layers)
-    }
+def read_widths(module: nn.Module) -> dict[str, dict[str, int | list[int]]]:
+    """Return what pruning may change of each module, by module name.
+
+    Torch's layers have width attributes. Of a model's own modules these are the whole numbers
+    that they hold, since some count channels, and the shapes of parameters outside any layer.
+    """
+    found = {}
+    for name, part in module.named_modules():
+        found[name] = _widths(part)
+        if can_replace(part):  # it reads as what stands for it once heads are gone
+            found[f"{name}.in_proj"] = _widths(HeadAttention(part).in_proj)
+    return {name: widths for name, widths in found.items() if widths}
 
 
-def output_width(widths: Mapping[str, int]) -> int:
+def input_width(widths: LayerWidths) -> int:
+    """Return the input channels of a convolution, or the input features of a linear layer."""
+    width = widths["in_channels"] if "in_channels" in widths else widths["in_features"]
+    assert isinstance(width, int)
+    return width
+
+
+def output_width(widths: LayerWidths) -> int:
     """Return the output channels of a convolution, or the output features of a linear layer."""
-    return widths["out_channels"] if "out_channels" in widths else widths["out_features"]
+    width = widths["out_channels"] if "out_channels" in widths else widths["out_features"]
+    assert isinstance(width, int)
+    return width
 
 
-def changed_widths(
-    before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
-) -> JsonDict:
-    """Return the widths of the layers that differ, as they are ``after``."""
+def changed_widths(before: Widths, after: Widths) -> JsonDict:
+    """Return the widths of the modules that differ, as they are ``after``."""
     return {name: dict(widths) for name, widths in after.items() if before.get(name) != widths}
 
 
-def set_widths(module: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> None:
+def set_widths(module: nn.Module, widths: Widths) -> None:
     """Resize the named layers of ``module`` in place; their new weights are zeros.
 
     Raises:
         AttributeError: there is no such layer, or it has no such width.
     """
+    replace_attention(
+        module, [name.removesuffix(".in_proj") for name in widths if name.endswith(".in_proj")]
+    )
     for name, attributes in widths.items():
         layer = module.get_submodule(name)
         for key, value in attributes.items():
-            getattr(layer, key)
-            setattr(layer, key, value)
+            old = getattr(layer, key)
+            if isinstance(old, Tensor):
+                _resize(layer, key, tuple(value) if isinstance(value, list) else (value,))
+            else:
+                setattr(layer, key, tuple(value) if isinstance(value, list) else value)
         for key, shape in _shapes(layer).items():
             _resize(layer, key, shape)
+
+
+def match_tensors(layer: nn.Module) -> None:
+    """Make the width attributes of one of torch's layers those that its tensors have."""
+    match layer:
+        case nn.modules.conv._ConvNd():
+            first, second = layer.weight.shape[:2]
+            if layer.groups == layer.in_channels > 1:  # depthwise
+                per = layer.out_channels // layer.in_channels
+                layer.groups = first if layer.transposed else first // per
+            ends = (second * layer.groups, first)
+            layer.in_channels, layer.out_channels = ends[::-1] if layer.transposed else ends
+        case nn.Linear():
+            layer.out_features, layer.in_features = layer.weight.shape
+        case nn.modules.batchnorm._NormBase():
+            known = layer.weight if layer.running_mean is None else layer.running_mean
+            if known is not None:
+                layer.num_features = len(known)
+        case nn.PReLU():
+            layer.num_parameters = len(layer.weight)
+        case nn.Embedding():
+            layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+
+
+def is_custom(layer: nn.Module) -> bool:
+    """Tell whether a module is a model's own, rather than one of torch's."""
+    return not type(layer).__module__.startswith("torch.nn.")
+
+
+def _widths(layer: nn.Module) -> dict[str, int | list[int]]:
+    kinds = (
+        nn.modules.conv._ConvNd
+        | nn.Linear
+        | nn.modules.batchnorm._NormBase
+        | nn.PReLU
+        | nn.LayerNorm
+        | nn.GroupNorm
+        | nn.Embedding
+    )
+    if isinstance(layer, kinds):
+        found = {key: getattr(layer, key) for key in ATTRIBUTES if hasattr(layer, key)}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+    if can_replace(layer):
+        return {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
+    custom = is_custom(layer)
+    counts = {key: value for key, value in vars(layer).items() if custom and is_count(key, value)}
+    tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    return {**counts, **{key: list(tensor.shape) for key, tensor in tensors}}
+
+
+def is_count(key: str, value: object) -> bool:
+    """Tell whether an attribute of a model's own module may count its channels."""
+    return type(value) is int and not key.startswith("_")
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -72,7 +148,13 @@ def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
             return dict.fromkeys(names, (layer.num_features,))
         case nn.PReLU():
             return {"weight": (layer.num_parameters,)}
-    raise AttributeError(f"{type(layer).__name__} has no width")
+        case nn.LayerNorm():
+            return dict.fromkeys(("weight", "bias"), tuple(layer.normalized_shape))
+        case nn.GroupNorm():
+            return dict.fromkeys(("weight", "bias"), (layer.num_channels,))
+        case nn.Embedding():
+            return {"weight": (layer.num_embeddings, layer.embedding_dim)}
+    return {}
 
 
 def _resize(layer: nn.Module, key: str, shape: tuple[int, ...]) -> None:

@@ -379,7 +379,7 @@ def test_shared_parameters_count_once_and_buffers_not():
 
 def test_environment_names_the_machine_and_the_versions():
     found = environment()
-    assert set(found["versions"]) >= {"deploykit", "torch", "torchao", "torch-pruning", "onnx"}
+    assert set(found["versions"]) >= {"deploykit", "torch", "torchao", "onnx"}
     assert found["versions"]["numpy"] == np.__version__
     assert found["versions"]["onnxruntime"]
     assert found["cores"] >= 1

@@ -472,7 +472,7 @@ def test_padding_between_pairs_pads_integers_and_keeps_values(monkeypatch, how, 
         calibration(batch())
         parameters = read_parameters(calibration)
         graph = integer_graph(net, EXAMPLE, TARGET, parameters, {})
-        monkeypatch.setattr(graphs, "pad_integers", lambda graph: graph)
+        monkeypatch.setattr(graphs, "spell_integers", lambda graph: graph)
         plain_graph = integer_graph(net, EXAMPLE, TARGET, parameters, {})
         assert np.array_equal(graph(batch()), plain_graph(batch()))
     floats = {aten.pad.default} & {node.target for node in graph.graph.nodes}

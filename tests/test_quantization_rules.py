@@ -137,9 +137,10 @@ def test_arithmetic_with_a_literal_is_no_kernel():
 
 
 def test_a_tensor_of_the_models_own_is_quantized_by_its_name():
-    net = Net(lambda net, x: net.c1(x) * net.gain, c1=conv(CHANNELS, 8))
+    net = Net(lambda net, x: net.c2(net.c1(x) * net.gain), c1=conv(CHANNELS, 8), c2=conv(8, 8))
     net.gain = nn.Parameter(torch.rand(8, 1, 1))
-    assert sorted(keys(net)) == [":gain", ":mul#0", "c1:conv2d#0", "input:0"]
+    expected = [":gain", ":mul#0", "c1:conv2d#0", "c2:conv2d#0", "input:0"]
+    assert sorted(keys(net)) == expected
 
 
 def test_a_convolution_that_is_read_twice_is_quantized_before_its_norm():
@@ -148,7 +149,7 @@ def test_a_convolution_that_is_read_twice_is_quantized_before_its_norm():
         return net.c2(relu(net.n1(y)) + y)
 
     net = Net(forward, c1=conv(CHANNELS, 8), n1=nn.BatchNorm2d(8), c2=conv(8, 8))
-    assert keys(net) == ["input:0", "c1:conv2d#0", ":relu#0", ":add#0", "c2:conv2d#0"]
+    assert keys(net) == ["input:0", "c1:conv2d#0", "n1:batch_norm#0", ":add#0", "c2:conv2d#0"]
 
 
 def test_a_module_that_is_called_twice_has_a_key_for_each_call():
@@ -169,6 +170,16 @@ def test_a_weight_that_depends_on_the_input_is_no_layer():
 def test_a_weight_made_of_parameters_is_a_layers():
     normed = nn.utils.parametrizations.weight_norm(conv(CHANNELS, 8))
     assert keys(Net(lambda net, x: net.c1(x), c1=normed)) == ["input:0", "c1:conv2d#0"]
+
+
+@pytest.mark.parametrize(("padding", "size"), [("same", 3), ("same", 5), ("valid", 3)])
+def test_padding_by_a_word_is_a_layers_too(padding, size):
+    layer = nn.Conv2d(CHANNELS, 8, size, padding=padding, dilation=2)
+    net = Net(lambda net, x: net.c1(x), c1=layer)
+    assert keys(net) == ["input:0", "c1:conv2d#0"]
+    samples = torch.randn(3, *EXAMPLE.shape[1:])
+    with torch.no_grad():
+        assert torch.allclose(trace(net, EXAMPLE)(samples), net(samples), atol=1e-5)
 
 
 def test_dropout_gets_no_pair_of_its_own():

@@ -20,6 +20,7 @@ from tiny_quantized import (
 from tiny_training import TinyDataset, TinySplit
 from torch import nn
 
+from deploykit import exporter
 from deploykit.artifacts import Candidate
 from deploykit.errors import CompressionError, ModelError
 from deploykit.exporter import export_onnx
@@ -325,3 +326,62 @@ def test_pixels_with_a_scale_a_channel_are_quantized_again(trained, tmp_path):
     assert parity.max_steps <= 2
     assert fused_operators(model, threads=1).floating == ()
     assert noise_ratio(answers(candidate, pixels), answers(quantized, pixels)) < 0.01
+
+
+# Mixed precision
+
+
+def test_a_layer_is_left_in_float_by_name_and_rebuilt_so(trained, training, base, tmp_path):
+    pixels = training.dataset.train.images
+    mixed = calibrate(trained, pixels, target=TARGET, keep_float=("body.*",))
+    assert mixed.structure["quantization"]["keep_float"] == ["body.0"]
+    model = export_onnx(mixed, tmp_path / "m.onnx", name="tiny")
+    verify_onnx(mixed, model, training.dataset.validation, VerifySection(), threads=1)
+    report = fused_operators(model, threads=1)
+    assert (report.integer, [layer.name for layer in report.floating]) == (
+        ("stem", "head"),
+        ["body.0"],
+    )
+    save_candidate(mixed, tmp_path / "c")
+    loaded = load_candidate(tmp_path / "c", base=base)
+    assert np.array_equal(answers(loaded, pixels[:16]), answers(mixed, pixels[:16]))
+
+
+def test_unguarded_float_weights_between_pairs_would_be_rounded(
+    trained, training, monkeypatch, tmp_path
+):
+    pixels = training.dataset.train.images
+    mixed = calibrate(trained, pixels, target=TARGET, keep_float=("body.0",))
+    monkeypatch.setattr(exporter, "_keep_floats", lambda graph: None)
+    model = export_onnx(mixed, tmp_path / "m.onnx", name="tiny")
+    assert "body.0" in fused_operators(model, threads=1).integer
+
+
+def test_training_leaves_a_layer_in_float_too(trained, training, tmp_path):
+    section = QuantizeSection(mode="qat", epochs=1)
+    mixed = train_quantized(trained, training, section, target=TARGET, keep_float=("stem",))
+    model = export_onnx(mixed, tmp_path / "m.onnx", name="tiny")
+    verify_onnx(mixed, model, training.dataset.validation, VerifySection(), threads=1)
+    report = fused_operators(model, threads=1)
+    assert (report.integer, len(report.floating)) == (("body.0", "head"), 1)
+    assert report.floating[0].why == "its weights are floats"
+
+
+def test_a_model_that_stays_in_float_altogether_is_refused(trained, training):
+    with pytest.raises(CompressionError, match="none that run in integers"):
+        calibrate(trained, training.dataset.train.images, target=TARGET, keep_float=("*",))
+
+
+def test_a_pattern_that_fits_no_layer_is_refused_with_what_is_near(trained, training):
+    with pytest.raises(CompressionError, match=r"'hed' fits no layer.*head"):
+        calibrate(trained, training.dataset.train.images, target=TARGET, keep_float=("hed",))
+
+
+def test_a_structure_of_before_mixed_precision_still_loads(ptq, base, tmp_path):
+    quantization = dict(ptq.structure["quantization"])
+    assert quantization.pop("keep_float") == []
+    old = replace(ptq, structure={**ptq.structure, "quantization": quantization})
+    save_candidate(old, tmp_path)
+    pixels = images(16, seed=7)[0]
+    loaded = load_candidate(tmp_path, base=base)
+    assert np.array_equal(answers(loaded, pixels), answers(ptq, pixels))

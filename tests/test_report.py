@@ -7,7 +7,8 @@ import pytest
 
 from deploykit.artifacts import Report
 from deploykit.report import wording, write_report
-from deploykit.report.charts import nice_ticks
+from deploykit.report.charts import Point, nice_ticks, pareto_stairs
+from tests.sample_report import make_details, sample_report
 
 CONTRACT = {
     "schema", "name", "seed", "target", "threads", "environment", "stages", "baseline", "final",
@@ -15,100 +16,14 @@ CONTRACT = {
 }  # fmt: skip
 SECTIONS = {
     "headline", "tradeoff", "stages", "decisions", "curves", "trained", "widths", "fusion",
-    "classes", "confusion", "provenance",
+    "classes", "confusion", "provenance", "trials", "layers",
 }  # fmt: skip
 VOID = {"meta", "br", "img", "input", "link", "hr"}
-LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
-def stage(name, accuracy, first, second, size, macs=41_200_000, parameters=272_474):
-    return {
-        "name": name,
-        "validation_accuracy": accuracy,
-        "latency_ms": {"1": first, "32": second},
-        "size_bytes": size,
-        "macs": macs,
-        "parameters": parameters,
-        "seconds": 200.0,
-    }
-
-
-def make_details():
-    curve = [
-        {
-            "epoch": epoch,
-            "loss": 1.2 / (epoch + 1) + 0.2,
-            "train_accuracy": 0.9 - 0.3 / (epoch + 1),
-            "torch_validation_accuracy": 0.91 - 0.25 / (epoch + 1),
-            "lr": 0.01 * (10 - epoch) / 10,
-            "seconds": 12.0,
-        }
-        for epoch in range(10)
-    ]
-    spans = [
-        {"first_epoch": 0, "last_epoch": 3, "parameters": ["layer3.0.conv1.weight", "fc.weight"]},
-        {"first_epoch": 4, "last_epoch": 9, "parameters": ["conv1.weight", "layer1.0.conv1.weight",
-         "layer2.0.conv1.weight", "layer3.0.conv1.weight", "fc.weight"]},
-    ]  # fmt: skip
-    measured = {"median_ms": 0.61, "p90_ms": 0.7, "verdict": "faster"}
-    matrix = [[85 if i == j else (i * 7 + j * 3) % 5 for j in range(10)] for i in range(10)]
-    return {
-        "curves": {"train": curve, "prune": curve[:5], "quantize": curve[:1]},
-        "trained": {"train": spans, "prune": spans[1:]},
-        "latency": {
-            "prune": {"1": {**measured, "median_ms": 0.8, "ratio": 1.22, "interval": [1.2, 1.24]},
-                      "32": {**measured, "ratio": 1.3, "interval": [1.28, 1.33]}},
-            "quantize": {"1": {**measured, "ratio": 1.61, "interval": [1.58, 1.63]},
-                         "32": {**measured, "ratio": 1.7, "interval": [1.66, 1.75]}},
-        },
-        "widths": [{"layer": f"layer{i // 3 + 1}.{i % 3}.conv1", "before": 16 * 2 ** (i // 3),
-                    "after": 16 * 2 ** (i // 3) - 16 * (i // 4)} for i in range(9)],
-        "left_alone": [{"layer": "layer2.0", "why": "its shortcut is padded"}],
-        "fusion": {
-            "integer": [f"layer{i}" for i in range(18)],
-            "float": [{"name": "head.gate", "operator": "Conv",
-                       "why": "HardSwish behind it comes before its QuantizeLinear"}],
-            "operators": {"QLinearConv": 18, "Conv": 1, "QLinearAdd": 9, "QGemm": 1},
-        },
-        "confusion": {"baseline": matrix, "final": matrix},
-        "labels": LABELS,
-        "per_class": [{"label": label, "baseline": 0.88, "final": 0.88 + (i - 5) / 300}
-                      for i, label in enumerate(LABELS)],
-        "parity": {"top1_agreement": 0.994, "max_steps": 3.0, "samples": 512},
-        "normalization": {"share": 0.0712, "interval": [0.068, 0.0744]},
-        "provenance": {"recipe": "recipes/cifar10_resnet20.yaml"},
-        "warnings": ["12 images are in train and in test; the test accuracy flatters"],
-        "commands": ["deploykit compress recipes/cifar10_resnet20.yaml --out runs/cifar10"],
-    }  # fmt: skip
 
 
 @pytest.fixture
 def report():
-    train = stage("train", 0.884, 0.98, 29.0, 1_083_000)
-    prune = stage("prune", 0.881, 0.80, 22.3, 800_000, 30_100_000, 201_000)
-    quantize = stage("quantize", 0.879, 0.61, 17.0, 276_000, 30_100_000, 201_000)
-    return Report(
-        name="cifar10-resnet20",
-        seed=0,
-        target="cpu-x86-vnni",
-        threads=1,
-        environment={
-            "cpu": "Some CPU @ 2.50GHz",
-            "features": ["avx2", "avx512_vnni"],
-            "memory_bytes": 25_000_000_000,
-            "versions": {"torch": "2.13.0", "onnxruntime": "1.31.1", "onnx": None},
-        },
-        stages=(train, prune, quantize),
-        baseline={**train, "accuracy": 0.881},
-        final={**quantize, "accuracy": 0.8752},
-        drop={"value": 0.0058, "interval": [0.0021, 0.0095]},
-        budget={"metric": "accuracy", "max_drop": 0.01, "min_speedup": 1.5, "passed": True},
-        decisions=(
-            {"stage": "prune", "kept": True, "why": "1.22 times faster for 0.30 points"},
-            {"stage": "quantize", "kept": True, "why": "qat: ptq lost 1.4 points"},
-        ),
-        details=make_details(),
-    )
+    return sample_report()
 
 
 class Page(HTMLParser):
@@ -409,3 +324,14 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_numbers_are_written_for_people(write, value, text):
     assert write(value).replace(wording.SPACE, " ") == text
     assert write(None) == wording.DASH
+
+
+def test_front_is_the_line_under_which_every_model_lies():
+    dots = [Point("", x, y, "kept") for x, y in [(3, 0.9), (1, 0.7), (2, 0.6), (2, 0.8), (4, 0.9)]]
+    assert pareto_stairs(dots) == [(1, 0.7), (2, 0.7), (2, 0.8), (3, 0.8), (3, 0.9)]
+
+
+def test_one_trial_is_no_search(report, render):
+    one = with_details(report, trials=report.details["trials"][:1])
+    assert "trials" not in render(one).ids
+    assert "other trials" not in render(one).text

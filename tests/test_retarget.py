@@ -119,7 +119,7 @@ def test_latencies_taken_on_the_target_judge_it_here(make_run, tmp_path):
     fast = {**stages["quantize"]["latency"]["1"], "ratio": 3.0}
     stages["quantize"]["latency"]["1"] = fast
     recipe = recipe_of("target=web", "budget.min_speedup=1.5")
-    run = job.run_recipe(recipe, tmp_path / "run", replay=stages)
+    run = job.run_recipe(recipe, tmp_path / "run", replay=[stages])
     assert run.report["budget"]["passed"]
     assert run.report["final"]["speedup"]["1"] == 3.0
 

@@ -20,6 +20,13 @@ import torch
 from torch import nn
 
 class Net(nn.Module):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version") != 2:  # as torchvision's MNASNet
+            raise ValueError("weights of an unknown version")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
     def __init__(self, width, classes):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, bias=False)

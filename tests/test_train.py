@@ -215,6 +215,18 @@ def test_module_that_views_the_features_of_grey_images_trains():
     assert train(net, tiny_training(count=96, plan=plan, augment=())).torch_accuracy > 0.8
 
 
+def test_module_that_asks_for_its_version_trains():
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            assert metadata["version"] == 2
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    net = nn.Sequential(nn.Flatten(), Versioned(64, 3))
+    train(net, tiny_training(plan=tiny_plan(epochs=2), augment=()))
+
+
 def test_mixed_precision_trains_float_weights():
     plan = tiny_plan(epochs=6, precision="bf16", average=None)
     net = tiny_net()

@@ -1,5 +1,6 @@
 """Weights from a file, checked whole before the first is loaded."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,20 @@ def assign_weights(
     if faults:
         raise ModelError(f"model.weights: {path} does not fit the model: " + "; ".join(faults))
     # Older torch did not store the batch counters of BatchNorm.
-    module.load_state_dict({**expected, **found})
+    load_tensors(module, {**expected, **found})
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load all tensors of ``module``, as the module of this version names and shapes them.
+
+    Raises:
+        RuntimeError: names or shapes do not fit.
+    """
+    # Versions of modules stand beside the names in torch's own dictionaries only, and modules
+    # whose layout once changed (MNASNet) refuse tensors without.
+    state: Any = OrderedDict(tensors)
+    state._metadata = getattr(module.state_dict(), "_metadata", None)
+    module.load_state_dict(state)
 
 
 def _unnest(content: object, path: Path) -> dict[str, Any]:

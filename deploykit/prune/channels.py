@@ -7,23 +7,26 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from deploykit.cost import count_macs, count_parameters
 from deploykit.errors import CompressionError
+from deploykit.models.attention import splitting_attention
 from deploykit.models.modes import evaluating
 from deploykit.prune.graph import Graph
 from deploykit.prune.groups import match_modules, rank_groups, set_gradients
 from deploykit.prune.notes import PruneNotes
 from deploykit.prune.selection import Prunable, select_channels
+from deploykit.prune.trace import Example, as_inputs
 from deploykit.prune.trial import Twin
-from deploykit.widths import output_width, read_widths
+from deploykit.widths import Widths, output_width, read_widths
 
 Select = Callable[[Sequence[Prunable]], Mapping[str, list[int]]]
 
 
 def prune_channels(
     module: nn.Module,
-    example: Tensor,
+    example: Example,
     *,
     channel_ratio: float = 0.0,
     select: Select | None = None,
@@ -32,7 +35,7 @@ def prune_channels(
     channel_multiple: int = 1,
     protect: Sequence[str] = (),
     gradients: Mapping[str, Tensor] | None = None,
-    initial_widths: Mapping[str, Mapping[str, int]] | None = None,
+    initial_widths: Widths | None = None,
 ) -> tuple[nn.Module, PruneNotes]:
     """Remove the least important channels from a copy of ``module``.
 
@@ -40,8 +43,9 @@ def prune_channels(
     rightly is left alone and named in the notes; so is what carries the model's output.
 
     Args:
-        module: takes ``example``, returns one tensor.
-        example: float input of one sample or more, ``(N, C, H, W)`` for images.
+        module: takes ``example``; returns tensors in any nesting of tuples, lists and dicts.
+        example: input of one sample or more, ``(N, C, H, W)`` for images; a tuple where the
+            module takes several.
         channel_ratio: share of the channels of all prunable groups to have gone, 0 to 1.
         select: chooses the channels in place of ``channel_ratio`` and ``scope``; asked again,
             without them, where groups turn out not to be prunable as chosen.
@@ -66,28 +70,30 @@ def prune_channels(
         (126549120, 61230464)
     """
     initial = initial_widths or read_widths(module)
+    inputs = as_inputs(example)
     protected = match_modules(module, protect)
-    pruned = copy.deepcopy(module)
-    graph, twin = Graph(pruned, example), Twin(module, example)
+    pruned = copy.deepcopy(module).eval()
     set_gradients(pruned, importance, gradients)
-    prunable, left_alone = rank_groups(
-        graph,
-        twin,
-        importance=importance,
-        protected=protected,
-        initial_widths=initial,
-        channel_multiple=channel_multiple,
-    )
-    select = select or partial(
-        select_channels,
-        channel_ratio=channel_ratio,
-        scope=scope,
-        channel_multiple=channel_multiple,
-    )
-    for root, channels in _proven_selection(twin, prunable, select, left_alone).items():
-        graph.group(root, channels).prune(record_history=False)
-    _restore_gradients(pruned, module)
-    check_outputs(module, pruned, example)
+    with splitting_attention(pruned):
+        graph, twin = Graph(pruned, inputs), Twin(pruned, inputs)
+        prunable, left_alone = rank_groups(
+            graph,
+            twin,
+            importance=importance,
+            protected=protected,
+            initial_widths=initial,
+            channel_multiple=channel_multiple,
+        )
+        select = select or partial(
+            select_channels,
+            channel_ratio=channel_ratio,
+            scope=scope,
+            channel_multiple=channel_multiple,
+        )
+        removal = _proven_selection(twin, prunable, select, left_alone)
+        graph.remove(pruned, removal, twin.adjusted & set(removal))
+    pruned.zero_grad(set_to_none=True)
+    check_outputs(module, pruned, inputs)
     after = read_widths(pruned)
     total = sum(group.initial_width for group in prunable)
     kept = sum(output_width(after[group.root]) for group in prunable)
@@ -96,32 +102,24 @@ def prune_channels(
         achieved_ratio=(total - kept) / total if total else 0.0,
         widths=narrowed(initial, after),
         left_alone=left_alone,
-        macs=(count_macs(module, example), count_macs(pruned, example)),
+        macs=(count_macs(module, *inputs), count_macs(pruned, *inputs)),
         parameters=(count_parameters(module), count_parameters(pruned)),
     )
     return pruned, notes
 
 
-def _restore_gradients(pruned: nn.Module, module: nn.Module) -> None:
-    """Freeze again what was frozen, and drop the gradients that importance needed."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    for name, parameter in pruned.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-        parameter.grad = None
-
-
-def check_outputs(module: nn.Module, pruned: nn.Module, example: Tensor) -> None:
+def check_outputs(module: nn.Module, pruned: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Run the pruned model at batches of 1 and 3 and compare the shapes of its outputs.
 
     Raises:
         CompressionError: it does not run, or its outputs have another shape.
     """
     for batch in (1, 3):
-        sample = example[:1].expand(batch, *example.shape[1:])
+        samples = [x[:1].expand(batch, *x.shape[1:]) for x in inputs]
         with torch.no_grad(), evaluating(module):
-            expected = tuple(module(sample).shape)
+            expected = _shapes(module(*samples))
             try:
-                got = tuple(pruned.eval()(sample).shape)
+                got = _shapes(pruned.eval()(*samples))
             except Exception as error:
                 raise CompressionError(
                     f"prune: the pruned model does not run at batch {batch} ({error}); name the "
@@ -134,9 +132,11 @@ def check_outputs(module: nn.Module, pruned: nn.Module, example: Tensor) -> None
             )
 
 
-def narrowed(
-    before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
-) -> dict[str, tuple[int, int]]:
+def _shapes(outputs: object) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def narrowed(before: Widths, after: Widths) -> dict[str, tuple[int, int]]:
     """Return output widths before and after, of the layers where they differ."""
     pairs = {
         name: (output_width(before[name]), output_width(widths))
@@ -154,16 +154,10 @@ def _proven_selection(
 ) -> Mapping[str, list[int]]:
     """Select channels whose removal holds on the twin; groups that fail move to ``left_alone``."""
     while removal := select(prunable):
-        if not (together := twin.fault(removal)):
+        faults = twin.faults(removal)
+        if not faults:
             return removal
-        faults = {root: twin.fault({root: channels}) for root, channels in removal.items()}
-        faulty = {root: fault for root, fault in faults.items() if fault}
-        if not faulty:
-            raise CompressionError(
-                f"prune: groups that can be pruned alone cannot be pruned together ({together}); "
-                "name some of their layers under prune.protect"
-            )
-        for group in [group for group in prunable if group.root in faulty]:
-            left_alone[group.label] = faulty[group.root]
+        for group in [group for group in prunable if group.root in faults]:
+            left_alone[group.label] = faults[group.root]
             prunable.remove(group)
     return {}

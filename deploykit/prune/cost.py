@@ -9,8 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from deploykit.layer_shapes import LayerShape, is_inside, layer_shapes
-
-Widths = Mapping[str, Mapping[str, int]]
+from deploykit.widths import Widths
 
 
 class Cost(Protocol):

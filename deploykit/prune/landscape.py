@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from deploykit.artifacts import JsonDict
 from deploykit.layer_shapes import is_inside
+from deploykit.models.attention import split_attention
 from deploykit.prune.blocks import removable_blocks
-from deploykit.prune.graph import Graph
+from deploykit.prune.graph import LAYERS, Graph, undone
 from deploykit.prune.groups import match_modules, rank_groups
 from deploykit.prune.selection import Prunable, channel_step
 from deploykit.prune.sensitivity import Sensitivity
 from deploykit.prune.trial import Twin
 from deploykit.widths import read_widths
 
-Widths = dict[str, dict[str, int]]
+LayerCounts = Mapping[str, Mapping[str, int]]
 OUTPUTS = frozenset({"out_channels", "out_features"})
 
 
@@ -45,14 +46,12 @@ class Member:
     """How a layer follows its group.
 
     Attributes:
-        layer: name of the module.
-        keys: which of its widths shrink, see `read_widths`.
-        share: how many of its channels go with each channel of the group's root.
+        layer: name of a convolution or linear layer.
+        lost: by how much its widths shrink with each unit of the group, see `read_widths`.
     """
 
     layer: str
-    keys: tuple[str, ...]
-    share: float
+    lost: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class Landscape:
         losses: harm at each width that a group may narrow to, by root.
         blocks: harm of removing each residual block.
         left_alone: why a group keeps its channels.
-        widths: of all layers as they are.
+        adjusted: see `Twin`.
+        widths: of all convolutions and linear layers as they are.
     """
 
     groups: Mapping[str, Prunable]
@@ -73,21 +73,22 @@ class Landscape:
     losses: Mapping[str, Mapping[int, float]]
     blocks: Mapping[str, float]
     left_alone: Mapping[str, str]
-    widths: Widths
+    adjusted: frozenset[str]
+    widths: LayerCounts
 
-    def narrowed(self, channels: Mapping[str, int]) -> Widths:
+    def narrowed(self, channels: Mapping[str, int]) -> LayerCounts:
         """Return the widths of all layers when each named group keeps so many channels."""
         widths = {layer: dict(found) for layer, found in self.widths.items()}
         for root, kept in channels.items():
-            gone = self.groups[root].width - kept
+            units = (self.groups[root].width - kept) // self.groups[root].unit
             for member in self.members[root]:
-                for key in member.keys:
-                    widths[member.layer][key] -= round(gone * member.share)
+                for key, count in member.lost.items():
+                    widths[member.layer][key] -= units * count
         return widths
 
     def makers(self, root: str) -> set[str]:
         """Return the layers whose outputs the group holds."""
-        return {one.layer for one in self.members[root] if OUTPUTS.intersection(one.keys)}
+        return {one.layer for one in self.members[root] if OUTPUTS.intersection(one.lost)}
 
     def to_json(self) -> JsonDict:
         """Return the sensitivities for the report."""
@@ -119,7 +120,7 @@ def survey(
         CompressionError: a pattern fits no module, or the model cannot be traced.
     """
     found = explore(module, example, rules)
-    sensitivity = Sensitivity(module, example, batches)
+    sensitivity = Sensitivity(module, example, batches, found.adjusted)
     losses = {
         root: sensitivity.of_group(group, widths_below(group, rules.channel_multiple))
         for root, group in found.groups.items()
@@ -135,10 +136,11 @@ def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
         CompressionError: a pattern fits no module, or the model cannot be traced.
     """
     protected = match_modules(module, rules.protect)
-    graph = Graph(copy.deepcopy(module), example)
+    split = split_attention(copy.deepcopy(module).eval())
+    graph, twin = Graph(split, example), Twin(split, example)
     prunable, left_alone = rank_groups(
         graph,
-        Twin(module, example),
+        twin,
         importance=rules.importance,
         protected=protected,
         initial_widths=read_widths(module),
@@ -147,7 +149,7 @@ def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
     blocks = removable_blocks(module, example) if rules.depth else ()
     return Landscape(
         groups={group.root: group for group in prunable},
-        members={group.root: _members(graph, group) for group in prunable},
+        members={group.root: _members(graph, group, twin.adjusted) for group in prunable},
         losses={},
         blocks={
             block: 0.0
@@ -155,32 +157,40 @@ def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
             if not any(is_inside(name, [block]) for name in protected)
         },
         left_alone=left_alone,
-        widths=read_widths(module),
+        adjusted=frozenset(twin.adjusted),
+        widths=_layer_widths(split),
     )
 
 
-def _members(graph: Graph, group: Prunable) -> tuple[Member, ...]:
-    """Read from the dependency graph which widths of which layers follow the group."""
-    members = []
-    for dependency, channels in graph.group(group.root, range(group.width)):
-        layer = dependency.target.module
-        keys = _keys(layer, graph.narrows_input(dependency)) if layer in graph.names else ()
-        if keys:
-            members.append(Member(graph.names[layer], keys, len(channels) / group.width))
-    return tuple(members)
+def _members(graph: Graph, group: Prunable, adjusted: Collection[str]) -> tuple[Member, ...]:
+    """Remove one unit, and read which widths of which layers follow."""
+    module, removal = graph.module, {group.root: group.units()[0].tolist()}
+    before = _layer_widths(module)
+    with undone(module):
+        graph.remove(module, removal, removal.keys() & adjusted)
+        after = _layer_widths(module)
+    lost = {
+        layer: {key: width - after[layer][key] for key, width in widths.items()}
+        for layer, widths in before.items()
+        if widths != after[layer]
+    }
+    return tuple(
+        Member(layer, {key: count for key, count in found.items() if count})
+        for layer, found in lost.items()
+    )
 
 
-def _keys(layer: Any, inputs: bool) -> tuple[str, ...]:
-    if isinstance(layer, nn.Linear):
-        return ("in_features",) if inputs else ("out_features",)
-    if not isinstance(layer, nn.modules.conv._ConvNd):
-        return ()
-    if layer.groups == layer.in_channels == layer.out_channels > 1:
-        return ("in_channels", "out_channels", "groups")
-    return ("in_channels",) if inputs else ("out_channels",)
+def _layer_widths(module: nn.Module) -> dict[str, dict[str, int]]:
+    """Return the widths of convolutions and linear layers."""
+    layers = {name for name, part in module.named_modules() if isinstance(part, LAYERS)}
+    return {
+        name: {key: width for key, width in widths.items() if isinstance(width, int)}
+        for name, widths in read_widths(module).items()
+        if name in layers
+    }
 
 
 def widths_below(group: Prunable, multiple: int) -> list[int]:
     """Return the widths that the group may narrow to, rising."""
-    step = channel_step(group, multiple) * group.divisions
+    step = channel_step(group, multiple) * group.unit
     return list(range(step, group.width, step))

@@ -19,6 +19,7 @@ class Prunable:
         divisions: grouped layers demand that each of so many equal parts loses the same
             channels; 1 otherwise.
         initial_width: width before the first pruning step.
+        block: so many neighbouring channels go together, as those of an attention head do.
     """
 
     root: str
@@ -26,17 +27,23 @@ class Prunable:
     importance: Tensor
     divisions: int
     initial_width: int
+    block: int = 1
 
     @property
     def width(self) -> int:
         """Channels before this step."""
         return len(self.importance)
 
+    @property
+    def unit(self) -> int:
+        """Channels that can only go together."""
+        return self.divisions * self.block
+
     def units(self) -> Tensor:
-        """Return channels that go together, ``(units, divisions)``, the least important first."""
-        parts = torch.arange(self.width).reshape(self.divisions, -1)
-        scores = self.importance.reshape(self.divisions, -1).sum(0)
-        return parts.T[torch.argsort(scores, stable=True)]
+        """Return channels that go together, ``(units, channels)``, the least important first."""
+        parts = torch.arange(self.width).reshape(self.divisions, -1, self.block)
+        units = parts.swapaxes(0, 1).flatten(1)
+        return units[torch.argsort(self.importance[units].sum(1), stable=True)]
 
 
 @dataclass(frozen=True)
@@ -103,4 +110,4 @@ def _blocks(group: Prunable, multiple: int) -> list[_Block]:
 
 def channel_step(group: Prunable, multiple: int) -> int:
     """Return how many units make the width a multiple."""
-    return multiple // math.gcd(multiple, group.divisions)
+    return multiple // math.gcd(multiple, group.unit)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from deploykit.depth import remove_blocks
-from deploykit.prune.graph import Graph
+from deploykit.models.attention import split_attention
+from deploykit.prune.graph import Graph, undone
 from deploykit.prune.selection import Prunable
 
 MOST_WIDTHS = 4  # measured a group; those between are interpolated
@@ -26,13 +26,17 @@ class Sensitivity:
         module: a sound float module; left as it is.
         example: float input ``(N, ...)``.
         batches: float inputs of the validation split.
+        adjusted: see `Twin`.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor, batches: Batches) -> None:
+    def __init__(
+        self, module: nn.Module, example: Tensor, batches: Batches, adjusted: Collection[str]
+    ) -> None:
         self._batches = batches
         self._sound = copy.deepcopy(module).eval()
         self._answers = [log_softmax(self._run(self._sound, batch), dim=-1) for batch in batches]
-        self._graph = Graph(copy.deepcopy(module).eval(), example)
+        self._graph = Graph(split_attention(copy.deepcopy(module).eval()), example)
+        self._adjusted = adjusted
 
     def of_group(self, group: Prunable, widths: Sequence[int]) -> dict[int, float]:
         """Return the divergence at each width of the group; rising as it narrows."""
@@ -46,11 +50,10 @@ class Sensitivity:
         return self._divergence(damaged)
 
     def _narrowed(self, group: Prunable, width: int) -> float:
-        with _undone(self._graph):
-            self._graph.group(group.root, channels_to_remove(group, width)).prune(
-                record_history=False
-            )
-            return self._divergence(self._graph.module)
+        module, removal = self._graph.module, {group.root: channels_to_remove(group, width)}
+        with undone(module):
+            self._graph.remove(module, removal, removal.keys() & self._adjusted)
+            return self._divergence(module)
 
     def _divergence(self, damaged: nn.Module) -> float:
         """Return the mean Kullback-Leibler divergence of the class probabilities, in nats."""
@@ -71,7 +74,7 @@ class Sensitivity:
 def channels_to_remove(group: Prunable, width: int) -> list[int]:
     """Return the least important channels, so many that ``width`` of them stay."""
     units = group.units()
-    gone = len(units) - width // group.divisions
+    gone = len(units) - width // group.unit
     channels: list[int] = units[:gone].flatten().tolist()
     return sorted(channels)
 
@@ -100,19 +103,3 @@ def _interpolated(
         worst = max(worst, least + share * (most - least))
         found[width] = worst
     return found
-
-
-@contextmanager
-def _undone(graph: Graph) -> Iterator[None]:
-    """Restore every module afterwards, the graph's own markers included."""
-    saved = [
-        (module, {key: copy.copy(value) if isinstance(value, dict | list) else value
-                  for key, value in module.__dict__.items()})
-        for module in graph.modules()
-    ]  # fmt: skip
-    try:
-        yield
-    finally:
-        for module, state in saved:
-            module.__dict__.clear()
-            module.__dict__.update(state)

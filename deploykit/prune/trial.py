@@ -1,179 +1,245 @@
 """Proof that removing channels is what it should be, before a model is touched.
 
-Removing channels rightly gives the same outputs as setting them to zero. A wrong removal,
-for instance across a shortcut that shifts channels, pairs channels that do not belong together;
-often the shapes still fit and nothing else tells. So each removal is tried on a twin of the
-model, in float64 and with random parameters: there neither dead nor equal channels hide a
-wrong pair, and the two outputs agree to rounding or not at all.
+Proven is: the pruned model computes what the model would if those channels were not there. The
+reference is the model in its full shape, with the channels at zero in every parameter that makes
+or reads them, and with each layer or group normalization told to leave them out of its mean and
+variance. A wrong removal pairs channels that do not belong together; often the shapes still fit
+and nothing else tells. So each removal is tried on a twin of the model, with random parameters:
+there neither dead nor equal channels hide a wrong pair, and the two outputs agree to rounding or
+not at all.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from deploykit.prune.graph import Graph
+from deploykit.cost import count_parameters
+from deploykit.prune.graph import Graph, Mask, Removal, undone
+from deploykit.prune.trace import Example, as_inputs, plain_attention, tensors_of
 
 # Relative to the largest output; true removals agree to about 1e-14 in float64.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-CHECKED = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._BatchNorm,
-    nn.PReLU,
-)
+# A model of more parameters is tried in float32: two copies of it in float64 would take gigabytes.
+LARGE = 2**27
 
 
 class Twin:
-    """A copy of a module with random parameters, on which removals are tried and undone."""
+    """A copy of a module with random parameters, on which removals are tried and undone.
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
+    Attributes:
+        adjusted: roots whose removal changes counts that the model's own modules hold.
+    """
+
+    def __init__(self, module: nn.Module, example: Example) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._batch = torch.randn(2, *example.shape[1:], generator=generator)
+        self.adjusted: set[str] = set()
+        self._inputs = tuple(_random_input(tensor, generator) for tensor in as_inputs(example))
         twin = _randomized(copy.deepcopy(module).cpu().float().eval(), generator)
-        self._dtype = torch.float64
+        twin.zero_grad(set_to_none=True)
+        self._dtype = torch.float64 if count_parameters(twin) <= LARGE else torch.float32
         try:
             self._graph = self._open(twin)
-        except RuntimeError:  # the model makes float32 tensors of its own
+        except Exception:  # noqa: BLE001 - the model makes float32 tensors of its own
             self._dtype = torch.float32
             self._graph = self._open(twin)
         self._outputs = self._run()
+        self._effects = self._find_effects()
 
-    def fault(self, removal: Mapping[str, Sequence[int]]) -> str:
-        """Say what is wrong with removing these channels, by root, or return ``""``."""
+    def fault(self, removal: Removal) -> str:
+        """Say what is wrong with removing these channels, by root, or return ``""``.
+
+        A single group that fails is tried once more with the counts that the model's own modules
+        hold (`adjusted`).
+        """
+        fault = self._fault(removal, self.adjusted & set(removal))
+        if not fault or len(removal) > 1 or self.adjusted.intersection(removal):
+            return fault
+        if self._fault(removal, removal):
+            return fault
+        self.adjusted.update(removal)
+        return ""
+
+    def faults(self, removal: Removal) -> dict[str, str]:
+        """Say what is wrong with each group, by root; groups without a fault are left out.
+
+        All are tried together first, then in halves: parameters are random, so that faults of
+        two groups do not make up for each other.
+        """
+        fault = self.fault(removal) if removal else ""
+        if not fault or len(removal) == 1:
+            return dict.fromkeys(removal, fault) if fault else {}
+        roots = list(removal)
+        halves = [roots[: len(roots) // 2], roots[len(roots) // 2 :]]
+        found = {
+            root: reason
+            for half in halves
+            for root, reason in self.faults({root: removal[root] for root in half}).items()
+        }
+        if found or not self.fault(removal):  # one of them may have been adjusted since
+            return found
+        return dict.fromkeys(halves[1], "it can be pruned alone, but not together with others")
+
+    def _fault(self, removal: Removal, adjusted: Iterable[str]) -> str:
+        if any(self._effects.get(root) is False for root in removal):
+            return "its channels have no effect that could be checked"
         try:
-            groups = [self._graph.group(root, channels) for root, channels in removal.items()]
-            reasons = [reason for group in groups if (reason := _unknown(self._graph, group))]
-            if reasons:
-                return reasons[0]
-            with self._undone():
-                for group in groups:
-                    _silence(self._graph, group)
-                silenced = self._run()
-            with self._undone():
-                for root, channels in removal.items():
-                    # Indices shift where groups meet, so each is asked for when its turn comes.
-                    self._graph.group(root, channels).prune(record_history=False)
+            with undone(self._graph.module):
+                self._graph.remove(self._graph.module, removal, adjusted)
                 pruned = self._run()
+            with self._silenced(removal), _Norms(self._graph.kept_in_norms(removal)):
+                silenced = self._run()
         except Exception as error:  # noqa: BLE001 - a wrongly pruned model may fail in any way
             return f"the pruned model does not run ({type(error).__name__}: {_first_line(error)})"
         return self._difference(pruned, silenced)
 
-    def _difference(self, pruned: Tensor, silenced: Tensor) -> str:
-        if pruned.shape != self._outputs.shape:
-            return "it carries the model's output"
-        size = float(self._outputs.abs().max()) * TOLERANCES[self._dtype]
-        # Written so that NaN counts as a fault.
-        if not float((silenced - self._outputs).abs().max()) > size:
-            return "its channels have no effect that could be checked"
-        if not float((pruned - silenced).abs().max()) <= size:
-            return "removing its channels does not equal setting them to zero"
-        return ""
+    def _difference(self, pruned: Sequence[Tensor], silenced: Sequence[Tensor]) -> str:
+        if [x.shape for x in pruned] != [x.shape for x in self._outputs]:
+            return "it changes the shape of the model's output"
+        changed = False
+        for whole, small, silent in zip(self._outputs, pruned, silenced, strict=True):
+            size = _largest(whole) * TOLERANCES[self._dtype]
+            changed |= _largest(silent - whole) > size
+            # Written so that NaN counts as a fault.
+            if not _largest(small - silent) <= size:
+                return "removing its channels does not equal setting them to zero"
+        return "" if changed else "its channels have no effect that could be checked"
 
     def _open(self, twin: nn.Module) -> Graph:
         twin = twin.to(self._dtype)
-        self._batch = self._batch.to(self._dtype)
-        with torch.no_grad():
-            twin(self._batch)
-        return Graph(twin, self._batch)
+        self._inputs = tuple(
+            x.to(self._dtype) if x.is_floating_point() else x for x in self._inputs
+        )
+        return Graph(twin, self._inputs)
 
     @torch.no_grad()
-    def _run(self) -> Tensor:
-        outputs: Tensor = self._graph.module(self._batch)
-        return outputs
+    def _run(self) -> list[Tensor]:
+        with plain_attention():
+            outputs = tree_leaves(self._graph.module(*self._inputs))
+        return [x for x in outputs if isinstance(x, Tensor)]
+
+    def _find_effects(self) -> dict[str, bool]:
+        """Tell for each root whether the output depends on its channels, by one gradient.
+
+        Groups are tried together, where the effect of one would cover for another without any.
+        """
+        module = self._graph.module
+        module.requires_grad_(True)
+        try:
+            with torch.enable_grad(), plain_attention():
+                outputs = tree_leaves(module(*self._inputs))
+                learned = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+                weights = [torch.randn(x.shape, generator=_seeded()).to(x) for x in learned]
+                torch.autograd.backward(learned, weights)
+            gradients = {name: p.grad for name, p in module.named_parameters()}
+        except RuntimeError:  # no gradient passes: `_difference` still compares outputs
+            return {}
+        finally:
+            module.requires_grad_(False)
+            for parameter in module.parameters():
+                parameter.grad = None
+        found = {root: gradients.get(f"{root}.weight") for root in self._graph.views[0].outputs}
+        return {root: g is not None and _largest(g) > 0 for root, g in found.items()}
 
     @contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Restore every module afterwards, the graph's own markers included."""
-        saved = [(module, _snapshot(module)) for module in self._graph.modules()]
+    @torch.no_grad()
+    def _silenced(self, removal: Removal) -> Iterator[None]:
+        """Set the channels to zero wherever they are made or read, for as long as it lasts."""
+        tensors = dict(tensors_of(self._graph.module))
+        saved = []
         try:
+            for name, dims in self._graph.losses(removal).items():
+                if name.endswith("running_var"):
+                    continue
+                for dim, indices in dims.items():
+                    tensor, index = tensors[name].detach(), torch.from_numpy(indices)
+                    saved.append((tensor, dim, index, tensor.index_select(dim, index)))
+                    tensor.index_fill_(dim, index, 0)
             yield
         finally:
-            for module, state in saved:
-                module.__dict__.clear()
-                module.__dict__.update(state)
+            for tensor, dim, index, values in reversed(saved):
+                tensor.index_copy_(dim, index, values)
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    # Lists and dicts are altered in place by the library; tensors are replaced.
-    return {
-        key: copy.copy(value) if isinstance(value, dict | list) else value
-        for key, value in module.__dict__.items()
-    }
+class _Norms(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets layer and group normalization see the kept channels only, call by call."""
+
+    def __init__(self, kept: Sequence[Sequence[Mask]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = iter(kept)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name == "aten::native_layer_norm":
+            x, shape, weight, bias, eps = args
+            return _normalized(x, next(self._kept), len(shape), weight, bias, eps)
+        if name == "aten::native_group_norm":
+            x, weight, bias, _, channels, _, groups, eps = args
+            (kept,) = next(self._kept)
+            parts = x.reshape(len(x), groups, channels // groups, -1)
+            wide = np.broadcast_to(kept.reshape(groups, -1, 1), parts.shape[1:])
+            y, mean, deviation = _normalized(parts, [wide], 2, None, None, eps)
+            affine = [v if v is None else v.view(-1, *[1] * (x.ndim - 2)) for v in (weight, bias)]
+            return _affine(y.reshape(x.shape), *affine), mean, deviation
+        return func(*args, **(kwargs or {}))
+
+
+def _normalized(
+    x: Tensor, kept: Sequence[Mask], dims: int, weight: Any, bias: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize the last ``dims`` dimensions by the mean and variance of what is kept."""
+    mask = torch.from_numpy(np.array(kept[0]))
+    for other in kept[1:]:
+        mask = mask.unsqueeze(-1) & torch.from_numpy(np.array(other))
+    mask, over = mask.to(x), tuple(range(-dims, 0))
+    # The groups of a group normalization are a dimension of the mask, and keep equally many.
+    count = mask.sum(over, keepdim=True)
+    mean = (x * mask).sum(over, keepdim=True) / count
+    variance = ((x - mean).square() * mask).sum(over, keepdim=True) / count
+    return _affine((x - mean) * (variance + eps).rsqrt() * mask, weight, bias), mean, variance
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _random_input(example: Tensor, generator: torch.Generator) -> Tensor:
+    """Return two samples: random numbers, or the first sample of what is no measurement."""
+    if not example.is_floating_point():
+        return example[:1].expand(2, *example.shape[1:]).clone()
+    return torch.randn(2, *example.shape[1:], generator=generator)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 @torch.no_grad()
 def _randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """Give every parameter and statistic a random value that keeps signals alive."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in tensors_of(module):
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         if tensor.ndim > 1:
-            fan_in = tensor[0].numel()
+            # A table such as position embeddings, (1, tokens, features), has no inputs.
+            fan_in = tensor[0].numel() if len(tensor) > 1 else 1
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / fan_in**0.5)
         elif name.endswith("running_mean"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / 10)
         else:
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     return module
-
-
-def _unknown(graph: Graph, group: Any) -> str:
-    """Name a layer of the group of which removing is not the same as setting to zero."""
-    for dependency, _ in group:
-        layer = dependency.target.module
-        if isinstance(layer, nn.Parameter):
-            return "a parameter outside of any layer follows its channels"
-        if layer in graph.names and not isinstance(layer, CHECKED) and _has_tensors(layer):
-            return f"{graph.names[layer]} ({type(layer).__name__}) mixes or scales its channels"
-    return ""
-
-
-def _has_tensors(layer: nn.Module) -> bool:
-    return any(True for _ in layer.parameters()) or any(True for _ in layer.buffers())
-
-
-@torch.no_grad()
-def _silence(graph: Graph, group: Any) -> None:
-    """Set the group's channels to zero where they are made and where they are read."""
-    for dependency, channels in group:
-        layer = dependency.target.module
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-            _silence_layer(layer, torch.tensor(channels), graph.narrows_input(dependency))
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            for key in ("weight", "bias", "running_mean"):
-                _zero(layer, key, (torch.tensor(channels),))
-
-
-def _silence_layer(layer: nn.Module, channels: Tensor, inputs: bool) -> None:
-    weight = layer.get_parameter("weight")
-    groups = getattr(layer, "groups", 1)
-    transposed = getattr(layer, "transposed", False)
-    if not inputs:
-        _zero(layer, "bias", (channels,))
-    if inputs == transposed:
-        _zero(layer, "weight", (channels,))
-        return
-    # The second dimension counts within a group: (groups, first / groups, second, ...).
-    second = weight.shape[1]
-    split = (groups, weight.shape[0] // groups, *weight.shape[1:])
-    index = (channels // second, slice(None), channels % second)
-    _zero(layer, "weight", index, split)
-
-
-def _zero(
-    layer: nn.Module, key: str, index: tuple[Any, ...], split: tuple[int, ...] | None = None
-) -> None:
-    """Replace a tensor of the layer by a copy that is zero at ``index``."""
-    old = getattr(layer, key, None)
-    if old is None:
-        return
-    new = old.detach().clone()
-    (new if split is None else new.view(split))[index] = 0
-    setattr(layer, key, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,8 +5,8 @@ the whole image becomes a pooling with that window (which has an integer kernel;
 two axes has none), and a flattening becomes a reshape to fixed numbers (which needs no
 arithmetic on shapes at run time).
 
-Two rewrites guard values: a BatchNorm that cannot be folded into the layer before it gets a
-name under which none of the libraries tries, and padding between pairs pads the integers.
+One rewrite guards values: a BatchNorm that cannot be folded into the layer before it gets a
+name under which none of the libraries tries.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.quantization.rules import LONE_NORM, NORM, PAD_VALUES, folds, moves
+from deploykit.quantization.rules import LONE_NORM, NORM, folds, pooling
 
 aten = torch.ops.aten
-PLAIN = frozenset({"constant", 0})  # padding with one value, not with what stands at the border
 Rewrite = Callable[[GraphModule, Node], Node | None]
 
 
@@ -36,35 +35,37 @@ def canonicalize(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def pad_integers(graph: GraphModule) -> GraphModule:
-    """Pad integers with their zero point where a converted graph pads floats, in place.
+def decompose(graph: GraphModule) -> GraphModule:
+    """Write what has no integer kernel by operators that have one, in place.
 
-    ONNX Runtime itself moves slices and reshapes between pairs into the integers, but no padding.
+    Activations become products of factors, and a linear layer over more than two axes one over
+    two: ONNX Runtime takes in the bias of a matrix product only there.
     """
     for node in list(graph.graph.nodes):
-        if node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default:
-            source, padding = _integers_behind(node)
-            if source is not None:
-                with graph.graph.inserting_before(node):
-                    padded = graph.graph.call_function(
-                        aten.constant_pad_nd.default, (source, padding, node.args[2])
-                    )
-                padded.meta = dict(node.meta)
-                node.replace_all_uses_with(padded)
-    graph.graph.eliminate_dead_code()
+        replacement = None
+        if node.target in FACTORS:
+            (source,) = node.all_input_nodes
+            gate = _insert(graph, node, FACTORS[node.target], (source,))
+            replacement = _insert(graph, node, aten.mul.Tensor, (source, gate))
+        elif node.target is aten.linear.default:
+            replacement = _rows(graph, node)
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            graph.graph.erase_node(node)
     graph.recompile()
     return graph
 
 
-def _integers_behind(quantize: Node) -> tuple[Node | None, Any]:
-    """Return the integers behind a padding with zeros that ``quantize`` reads, and its sizes."""
-    pad, *parameters = arguments(quantize)
-    if pad.target not in PAD_VALUES or not moves(pad) or not PLAIN.issuperset(pad.args[2:3]):
-        return None, None
-    dequantize, sizes = arguments(pad)[:2]
-    pair = dequantize.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
-    same = pair and dequantize.args[1:6] == tuple(parameters[:5])
-    return (dequantize.args[0], sizes) if same else (None, None)
+def _rows(graph: GraphModule, node: Node) -> Node | None:
+    source, *constants = arguments(node)
+    *sizes, width = node.meta["val"].shape
+    open_sizes = [size for size in sizes if not isinstance(size, int)]
+    if len(sizes) < 2 or len(open_sizes) != 1:
+        return None
+    rows = _insert(graph, node, aten.reshape.default, (source, [-1, source.meta["val"].shape[-1]]))
+    linear = _insert(graph, node, aten.linear.default, (rows, *constants))
+    shape = [size if isinstance(size, int) else -1 for size in sizes]
+    return _insert(graph, node, aten.reshape.default, (linear, [*shape, width]))
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
@@ -72,17 +73,37 @@ def arguments(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
+def _same_padding(graph: GraphModule, node: Node) -> Node | None:
+    """Write padding by a word as numbers, where both sides get as much."""
+    given: list[Any] = list(node.args)
+    given += [None, None, None, [1], "valid", [1], 1][len(given) :]
+    source, weight, bias, stride, padding, dilation, groups = given
+    window = weight.meta["val"].shape[2:]
+    spread = list(dilation) * len(window) if len(dilation) == 1 else list(dilation)
+    total = [gap * (size - 1) for gap, size in zip(spread, window, strict=True)]
+    if padding == "valid":
+        total = [0] * len(window)
+    if any(size % 2 for size in total):
+        return None
+    halves = [size // 2 for size in total]
+    target = PADDED_BY_WORD[node.target]
+    return _insert(graph, node, target, (source, weight, bias, stride, halves, spread, groups))
+
+
 def _flatten(graph: GraphModule, node: Node) -> Node | None:
     return _reshape(graph, node, node.args[0], node.meta["val"].shape)
 
 
 def _global_pool(graph: GraphModule, node: Node) -> Node | None:
+    source: Node
     source, size = arguments(node)[:2]
     height, width = source.meta["val"].shape[-2:]
     rows, columns = size
     if not _static((height, width)) or height % rows or width % columns:
         return None
     window = [height // rows, width // columns]
+    if window == [1, 1]:
+        return source
     return _insert(graph, node, aten.avg_pool2d.default, (source, window, window))
 
 
@@ -97,6 +118,22 @@ def _mean(graph: GraphModule, node: Node) -> Node | None:
     pooled = _insert(graph, node, aten.avg_pool2d.default, (source, list(shape[2:])))
     keep = len(node.args) > 2 and node.args[2]
     return pooled if keep else _reshape(graph, node, pooled, node.meta["val"].shape)
+
+
+def _window_pool(graph: GraphModule, node: Node) -> Node | None:
+    """Say of means over windows that all are over as many values, where they are."""
+    source, window, stride, padding, ceiling, counted, divisor = pooling(node)
+    sizes = source.meta["val"].shape[-2:]
+    if divisor is not None or not _static(sizes):
+        return None
+    if ceiling and any(
+        (size + 2 * pad - wide) % step
+        for size, wide, step, pad in zip(sizes, window, stride, padding, strict=True)
+    ):
+        return None
+    counted = counted or not any(padding)
+    args = (source, list(window), list(stride), list(padding), False, counted)
+    return None if args == node.args else _insert(graph, node, node.target, args)
 
 
 def _norm(_graph: GraphModule, node: Node) -> None:
@@ -118,15 +155,28 @@ def _insert(graph: GraphModule, before: Node, target: Any, args: tuple[Any, ...]
     """Add a node that stands for ``before``: of the same module, with the shape it gives."""
     with graph.graph.inserting_before(before):
         node = graph.graph.call_function(target, args)
-    value = args[0].meta["val"]
-    with value.fake_mode:
-        node.meta = {**before.meta, "val": target(value, *args[1:])}
+    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+    with values[0].fake_mode:
+        node.meta = {**before.meta, "val": target(*values)}
     return node
 
 
+PADDED_BY_WORD: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+}
 REWRITES: dict[Any, Rewrite] = {
+    **dict.fromkeys(PADDED_BY_WORD, _same_padding),
     aten.flatten.using_ints: _flatten,
     aten.adaptive_avg_pool2d.default: _global_pool,
+    aten.avg_pool2d.default: _window_pool,
     aten.mean.dim: _mean,
     NORM: _norm,
+}
+# x * gate(x)
+FACTORS: dict[Any, Any] = {
+    aten.silu.default: aten.sigmoid.default,
+    aten.silu_.default: aten.sigmoid.default,
+    aten.hardswish.default: aten.hardsigmoid.default,
+    aten.hardswish_.default: aten.hardsigmoid.default,
 }

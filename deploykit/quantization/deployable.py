@@ -11,10 +11,11 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate
 from deploykit.quantization.graphs import integer_graph, trace
-from deploykit.quantization.quantizer import Parameters
+from deploykit.quantization.recurrent import round_recurrent
+from deploykit.quantization.rules import Parameters
 from deploykit.runtime import zero_point_and_scale
 from deploykit.structure import example_input
-from deploykit.targets import Target, resolve_target
+from deploykit.targets import CPU, Target, resolve_target
 
 PIXELS = "input:0"  # the key of the first input's quantization parameters
 
@@ -99,14 +100,27 @@ def candidate_graph(candidate: Candidate) -> GraphModule:
         ModelError: the module cannot be traced.
         CompressionError: the quantization parameters do not fit the module.
     """
-    example = example_input(candidate, batch=2)
-    quantization = candidate.structure.get("quantization")
-    if not quantization:
-        return trace(candidate.module, example)
+    if not candidate.structure.get("quantization"):
+        return trace(candidate.module, example_input(candidate, batch=2))
+    arguments = quantized_with(candidate)
+    graph, (_, _, target, *_, keep_float) = integer_graph(*arguments), arguments
+    return round_recurrent(graph, keep_float) if target.providers == (CPU,) else graph
+
+
+def quantized_with(
+    candidate: Candidate,
+) -> tuple[nn.Module, Tensor, Target, dict[str, Parameters], dict[str, Parameters], frozenset[str]]:
+    """Return what makes the graphs of a quantized candidate: the arguments of `integer_graph`."""
+    quantization = candidate.structure["quantization"]
     target = resolve_target(quantization["target"])
-    parameters = {key: (scale, zero) for key, (scale, zero) in quantization["parameters"].items()}
-    exact = exact_inputs(candidate, target)
-    return integer_graph(candidate.module, example, target, parameters, exact)
+    return (
+        candidate.module,
+        example_input(candidate, batch=2),
+        target,
+        {key: (scale, zero) for key, (scale, zero) in quantization["parameters"].items()},
+        exact_inputs(candidate, target),
+        frozenset(quantization.get("keep_float", ())),
+    )
 
 
 def deployable(candidate: Candidate, graph: nn.Module) -> nn.Module:

@@ -30,15 +30,22 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
 
     from deploykit.quantization.quantizer import (
         Exact,
-        Parameters,
         calibration_quantizer,
         integer_quantizer,
         training_quantizer,
     )
 
 from deploykit.errors import CompressionError, ModelError
-from deploykit.quantization.canonical import canonicalize, pad_integers
-from deploykit.quantization.rules import DROPOUTS, LONE_NORM, NORM, quantized_tensors
+from deploykit.quantization.canonical import canonicalize, decompose
+from deploykit.quantization.rules import (
+    DROPOUTS,
+    LONE_NORM,
+    NORM,
+    Parameters,
+    align,
+    quantized_tensors,
+)
+from deploykit.quantization.spellings import spell_integers
 from deploykit.targets import Target
 
 aten = torch.ops.aten
@@ -72,27 +79,39 @@ def trace(module: nn.Module, example: Tensor) -> GraphModule:
         ) from error
 
 
-def training_graph(module: nn.Module, example: Tensor, target: Target, exact: Exact) -> GraphModule:
+def training_graph(
+    module: nn.Module,
+    example: Tensor,
+    target: Target,
+    exact: Exact,
+    keep_float: frozenset[str] = frozenset(),
+) -> GraphModule:
     """Return a graph that trains as if its weights and activations were integers.
 
     BatchNorm takes part as in training of the float module: its scale is folded into the
     weight before that is quantized (Jacob et al. 2018, section 3.2).
     """
-    graph = trace(module, example)
+    graph = decompose(trace(module, example))
     norms = {_norm_name(node): _norm_constants(module, node) for node in _norms(graph)}
     with quiet():
-        prepared: GraphModule = prepare_qat_pt2e(graph, training_quantizer(target, exact))
+        prepared: GraphModule = prepare_qat_pt2e(
+            graph, training_quantizer(target, exact, keep_float)
+        )
     _restore_norm_constants(prepared, norms)
     return prepared
 
 
 def calibration_graph(
-    module: nn.Module, example: Tensor, target: Target, exact: Exact
+    module: nn.Module,
+    example: Tensor,
+    target: Target,
+    exact: Exact,
+    keep_float: frozenset[str] = frozenset(),
 ) -> GraphModule:
     """Return a float graph that watches the ranges of what will be quantized."""
     with quiet():
         prepared: GraphModule = prepare_pt2e(
-            trace(module, example), calibration_quantizer(target, exact)
+            decompose(trace(module, example)), calibration_quantizer(target, exact, keep_float)
         )
     return prepared
 
@@ -103,6 +122,7 @@ def integer_graph(
     target: Target,
     parameters: Mapping[str, Parameters],
     exact: Exact,
+    keep_float: frozenset[str] = frozenset(),
 ) -> GraphModule:
     """Return the graph that ships: integer weights, quantize/dequantize pairs, BatchNorm folded.
 
@@ -110,8 +130,40 @@ def integer_graph(
         CompressionError: a tensor has no parameters, or parameters have no tensor: they come
             from another model or another torch.
     """
-    graph = trace(module, example)
-    wanted = {tensor.key for tensor in quantized_tensors(graph.graph)} - set(exact)
+    prepared = rounding_graph(module, example, target, parameters, exact, keep_float, moved=True)
+    with quiet(), torch.no_grad():
+        converted: GraphModule = convert_pt2e(prepared, fold_quantize=True)
+    # Other runtimes than ONNX Runtime's CPU kernels know arithmetic between pairs only.
+    return spell_integers(converted) if target.activation_dtype == "uint8" else converted
+
+
+def rounding_graph(
+    module: nn.Module,
+    example: Tensor,
+    target: Target,
+    parameters: Mapping[str, Parameters],
+    exact: Exact,
+    keep_float: frozenset[str],
+    *,
+    moved: bool,
+) -> GraphModule:
+    """Return a float graph with a module, which knows how to round, wherever integers round.
+
+    Args:
+        module: takes one tensor like ``example``.
+        example: ``(N, ...)`` with N >= 2.
+        target: decides the integer types.
+        parameters: of every quantized tensor, by key.
+        exact: parameters of tensors that are integers as they come.
+        keep_float: names of modules whose layers stay in float.
+        moved: whether values that were only moved are rounded again.
+
+    Raises:
+        CompressionError: as `integer_graph`.
+    """
+    graph = decompose(trace(module, example))
+    tensors = quantized_tensors(graph.graph, keep_float)
+    wanted = {tensor.key for tensor in tensors} - set(exact)
     if wanted != set(parameters):
         missing, extra = sorted(wanted - set(parameters)), sorted(set(parameters) - wanted)
         raise CompressionError(
@@ -121,10 +173,10 @@ def integer_graph(
             layer=(missing or extra)[0],
         )
     with quiet(), torch.no_grad():
-        prepared = prepare_pt2e(graph, integer_quantizer(target, parameters, exact))
+        quantizer = integer_quantizer(target, parameters, exact, keep_float, moved=moved)
+        prepared: GraphModule = prepare_pt2e(graph, quantizer)
         prepared(example)  # the weights' observers look once
-        converted: GraphModule = convert_pt2e(prepared, fold_quantize=True)
-    return pad_integers(converted)
+    return prepared
 
 
 def read_parameters(prepared: GraphModule) -> dict[str, Parameters]:
@@ -143,7 +195,10 @@ def read_parameters(prepared: GraphModule) -> dict[str, Parameters]:
                 layer=str(module.tensor_key).partition(":")[0],
             )
         scale, zero_point = module.calculate_qparams()  # type: ignore[operator]
-        parameters[str(module.tensor_key)] = (float(scale.item()), int(zero_point.item()))
+        found = float(scale.item()), int(zero_point.item())
+        if module.aligned and seen.dtype is torch.uint8:
+            found = align(*found, seen.quant_min, seen.quant_max)
+        parameters[str(module.tensor_key)] = found
     return dict(sorted(parameters.items()))
 
 

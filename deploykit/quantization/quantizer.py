@@ -21,13 +21,18 @@ from torchao.quantization.pt2e.quantizer import (
     QuantizationSpec,
     QuantizationSpecBase,
     Quantizer,
-    SharedQuantizationSpec,
 )
 
-from deploykit.quantization.rules import TRANSPOSED, kernels, quantized_tensors
+from deploykit.quantization.rules import (
+    WEIGHTED,
+    Parameters,
+    QuantizedTensor,
+    align,
+    integer_kernels,
+    quantized_tensors,
+)
 from deploykit.targets import Target
 
-Parameters = tuple[float, int]
 Exact = Mapping[str, Parameters]
 
 # Smallest scale: keeps a channel of zeros from dividing by nothing.
@@ -38,11 +43,12 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
     """Annotates the tensors that :func:`rules.quantized_tensors` names.
 
     Args:
-        activation: makes the specification of a tensor from its key: an observer, a fake
-            quantizer, or fixed parameters.
-        weight: makes the specification of a weight from its channel axis.
+        activation: makes the specification of a tensor: an observer, a fake quantizer, or fixed
+            parameters.
+        weight: makes the specification of a weight.
         exact: specifications of tensors that hold integers on their grid already, such as
             pixels, by key; a pair stands only where they were moved.
+        keep_float: names of modules whose layers stay in float.
         moved: whether values that were only moved get pairs too. The integer graph needs them
             to stay in integers; elsewhere they lie on the grid already, and quantizing them
             again would only take time.
@@ -50,9 +56,10 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
 
     def __init__(
         self,
-        activation: Callable[[str], QuantizationSpecBase],
-        weight: Callable[[int], QuantizationSpecBase],
+        activation: Callable[[QuantizedTensor], QuantizationSpecBase],
+        weight: QuantizationSpecBase,
         exact: Mapping[str, QuantizationSpecBase],
+        keep_float: frozenset[str],
         *,
         moved: bool = False,
     ) -> None:
@@ -60,32 +67,27 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         self._activation = activation
         self._weight = weight
         self._exact = exact
+        self._keep_float = keep_float
         self._moved = moved
-        self._keys: dict[int, str] = {}
+        self._tensors: dict[int, QuantizedTensor] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark in ``model`` what is quantized and how."""
-        for tensor in quantized_tensors(model.graph):
-            if tensor.node is not tensor.root and not self._moved:
-                continue
-            if tensor.key in self._exact:
-                if tensor.node is not tensor.root:
-                    _annotation(tensor.node).output_qspec = self._exact[tensor.key]
-                continue
-            annotation = _annotation(tensor.node)
+        for tensor in quantized_tensors(model.graph, self._keep_float):
             if tensor.node is tensor.root:
-                annotation.output_qspec = self._activation(tensor.key)
-                self._keys[id(annotation)] = tensor.key
-            else:
-                annotation.output_qspec = SharedQuantizationSpec(tensor.root)
-        for kernel in kernels(model.graph):
-            source, weight = kernel.all_input_nodes[:2]
-            # The library's convolution patterns expect input and weight in this order; the
-            # input is already quantized where it was made.
-            _annotation(kernel).input_qspec_map = {
-                source: None,
-                weight: self._weight(1 if kernel.target in TRANSPOSED else 0),
-            }
+                if tensor.key not in self._exact:
+                    annotation = _annotation(tensor.node)
+                    annotation.output_qspec = self._activation(tensor)
+                    self._tensors[id(annotation)] = tensor
+            elif self._moved:
+                exact = self._exact.get(tensor.key)
+                _annotation(tensor.node).output_qspec = exact or self._activation(tensor)
+        for kernel in integer_kernels(model.graph, self._keep_float):
+            if kernel.target in WEIGHTED:
+                source, weight = kernel.all_input_nodes[:2]
+                # The library's convolution patterns expect input and weight in this order; the
+                # input is already quantized where it was made.
+                _annotation(kernel).input_qspec_map = {source: None, weight: self._weight}
         return model
 
     def prepare_obs_or_fq_callback(
@@ -94,9 +96,9 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         """Write its key on every observer: their own names are numbers in graph order."""
         for place, observer in edge_or_node_to_obs_or_fq.items():
             if isinstance(place, Node):
-                key = self._keys.get(id(place.meta.get("quantization_annotation")))
-                if key is not None:
-                    observer.tensor_key = key
+                tensor = self._tensors.get(id(place.meta.get("quantization_annotation")))
+                if tensor is not None:
+                    observer.tensor_key, observer.aligned = tensor.key, tensor.aligned
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the rules annotate only what they know."""
@@ -108,40 +110,61 @@ def _annotation(node: Node) -> QuantizationAnnotation:
     return annotation
 
 
-def training_quantizer(target: Target, exact: Exact) -> FusionQuantizer:
+class AlignedObserver(MovingAverageMinMaxObserver):  # type: ignore[misc]
+    """Gives integers on which a hard sigmoid can be computed, see `rules.align`."""
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and zero point."""
+        scale, zero_point = super().calculate_qparams()
+        aligned = align(scale.item(), int(zero_point.item()), self.quant_min, self.quant_max)
+        return scale.new_tensor(aligned[:1]), zero_point.new_tensor(aligned[1:])
+
+
+def training_quantizer(target: Target, exact: Exact, keep_float: frozenset[str]) -> FusionQuantizer:
     """Return a quantizer that fakes integers and learns the ranges of activations."""
-    observe = FusedMovingAvgObsFakeQuantize.with_args
+    unsigned = target.activation_dtype == "uint8"
+    settings = {"averaging_constant": 0.01, "eps": EPS}
+    learned = FusedMovingAvgObsFakeQuantize.with_args(
+        observer=MovingAverageMinMaxObserver, **settings
+    )
+    aligned = FakeQuantize.with_args(observer=AlignedObserver, **settings)
     return FusionQuantizer(
-        lambda key: _observed(
-            target, observe(observer=MovingAverageMinMaxObserver, averaging_constant=0.01, eps=EPS)
-        ),
+        lambda tensor: _observed(target, aligned if tensor.aligned and unsigned else learned),
         # averaging_constant 1: always the present weight, as in the model that ships. Not fused:
         # the fused kernel divides by 127.5 where all others divide by 127.
-        lambda axis: _weight(
+        _weight(
             target,
-            axis,
             FakeQuantize.with_args(
                 observer=MovingAveragePerChannelMinMaxObserver,
                 averaging_constant=1.0,
                 eps=EPS,
-                ch_axis=axis,  # the library hands it on to observers only
+                ch_axis=0,  # the library hands it on to observers only
             ),
         ),
         _exact(target, exact),
+        keep_float,
     )
 
 
-def calibration_quantizer(target: Target, exact: Exact) -> FusionQuantizer:
+def calibration_quantizer(
+    target: Target, exact: Exact, keep_float: frozenset[str]
+) -> FusionQuantizer:
     """Return a quantizer that only watches; its memory does not grow with the samples."""
     return FusionQuantizer(
-        lambda key: _observed(target, HistogramObserver.with_args(eps=EPS)),
-        lambda axis: _weight(target, axis, PerChannelMinMaxObserver.with_args(eps=EPS)),
+        lambda tensor: _observed(target, HistogramObserver.with_args(eps=EPS)),
+        _weight(target, PerChannelMinMaxObserver.with_args(eps=EPS)),
         _exact(target, exact),
+        keep_float,
     )
 
 
 def integer_quantizer(
-    target: Target, parameters: Mapping[str, Parameters], exact: Exact
+    target: Target,
+    parameters: Mapping[str, Parameters],
+    exact: Exact,
+    keep_float: frozenset[str],
+    *,
+    moved: bool,
 ) -> FusionQuantizer:
     """Return a quantizer that gives every tensor its known parameters.
 
@@ -149,10 +172,11 @@ def integer_quantizer(
         KeyError: while annotating a tensor that has none.
     """
     return FusionQuantizer(
-        lambda key: _fixed(target, *parameters[key]),
-        lambda axis: _weight(target, axis, PerChannelMinMaxObserver.with_args(eps=EPS)),
+        lambda tensor: _fixed(target, *parameters[tensor.key]),
+        _weight(target, PerChannelMinMaxObserver.with_args(eps=EPS)),
         _exact(target, exact),
-        moved=True,
+        keep_float,
+        moved=moved,
     )
 
 
@@ -187,13 +211,13 @@ def _exact(target: Target, exact: Exact) -> dict[str, QuantizationSpecBase]:
     return {key: _fixed(target, *parameters) for key, parameters in exact.items()}
 
 
-def _weight(target: Target, axis: int, observer: Callable[..., object]) -> QuantizationSpecBase:
+def _weight(target: Target, observer: Callable[..., object]) -> QuantizationSpecBase:
     limit = 2 ** (target.weight_bits - 1) - 1
     return QuantizationSpec(
         dtype=torch.int8,
         quant_min=-limit,
         quant_max=limit,
         qscheme=torch.per_channel_symmetric,
-        ch_axis=axis,
+        ch_axis=0,
         observer_or_fake_quant_ctr=observer,
     )

@@ -5,20 +5,34 @@ fused group: ``conv -> batch norm -> relu`` is one kernel, so only what leaves i
 Operators that merely move values (slice, pad, reshape, max-pool) pass the integers through and
 share the parameters of what they read. Everything else computes in float between pairs.
 
+Layers with weights are worth a conversion before and after them. The other integer kernels are
+not: they run in integers where what they read comes from an integer kernel and what they make
+goes to one, and in float elsewhere, such as the residual stream of a transformer, which no
+integer kernel reads.
+
 The rules are those of ONNX Runtime's QDQ selectors:
 https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/core/optimizer/qdq_transformer
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from deploykit.errors import CompressionError
+
 aten = torch.ops.aten
+Parameters = tuple[float, int]  # scale and zero point
 
 WEIGHTED = frozenset(
     {
@@ -29,22 +43,26 @@ WEIGHTED = frozenset(
         aten.linear.default,
     }
 )
+# No integer kernel: in float, where integer weights would be converted at every run.
 TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
-COMPUTING = frozenset(
+ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+PRODUCTS = frozenset({aten.mul.Tensor, aten.mul_.Tensor})
+# Kernels without weights, that are worth no conversion of their own. Left out, as measured:
+# QLinearSoftmax is six times slower than the float one, QLinearMatMul of two activations no
+# faster.
+LIGHT = frozenset(
     {
-        aten.add.Tensor,
-        aten.add_.Tensor,
-        aten.mul.Tensor,
-        aten.mul_.Tensor,
+        *ADDITIONS,
+        *PRODUCTS,
         aten.sigmoid.default,
         aten.leaky_relu.default,
         aten.leaky_relu_.default,
         aten.avg_pool2d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.mean.dim,
         aten.cat.default,
+        torch.batch_norm,
     }
 )
+RECURRENT = frozenset({aten.lstm.input, aten.gru.input})
 NORM = aten.batch_norm.default
 # The same arithmetic by a name that no library folds into the layer before it.
 LONE_NORM = torch.batch_norm
@@ -59,8 +77,16 @@ CLIPPING = frozenset(
 )
 # A clip fuses only where the range it leaves starts at zero: ONNX Runtime drops a Relu whose
 # quantized output has its smallest value as zero point, and keeps the kernel in float otherwise.
+RECTIFIERS = frozenset({aten.relu.default, aten.relu_.default})
+# An integer of the input stands for each value of the output, under parameters that follow.
+HARD_SIGMOIDS = frozenset({aten.hardsigmoid.default, aten.hardsigmoid_.default})
+SPLITS = frozenset(
+    {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+)
 MOVING = frozenset(
     {
+        *SPLITS,
+        operator.getitem,
         aten.slice.Tensor,
         aten.pad.default,
         aten.constant_pad_nd.default,
@@ -68,10 +94,13 @@ MOVING = frozenset(
         aten.reshape.default,
         aten.view.default,
         aten.flatten.using_ints,
+        aten.unflatten.int,
         aten.squeeze.dim,
+        aten.squeeze.dims,
         aten.unsqueeze.default,
         aten.permute.default,
         aten.transpose.int,
+        aten.movedim.int,
         aten.select.int,
         aten.contiguous.default,
         aten.clone.default,
@@ -89,47 +118,184 @@ class QuantizedTensor:
 
     Attributes:
         node: the graph node whose output it is.
-        root: the node whose parameters it has; ``node`` itself unless the value was only moved.
+        root: the node whose parameters it has; ``node`` itself unless the value was only moved,
+            or goes into a concatenation and nowhere else.
         key: name of the parameters, from the module that produced the root's value; the same in
             every graph traced from the same model, whatever was fused meanwhile.
+        aligned: whether a hard sigmoid computes on its integers, see `align`.
     """
 
     node: Node
     root: Node
     key: str
+    aligned: bool = False
 
 
-def quantized_tensors(graph: Graph) -> list[QuantizedTensor]:
-    """Return every value of ``graph`` that needs a quantize/dequantize pair, in graph order."""
+def quantized_tensors(
+    graph: Graph, keep_float: frozenset[str] = frozenset()
+) -> list[QuantizedTensor]:
+    """Return every value of ``graph`` that needs a quantize/dequantize pair, in graph order.
+
+    Args:
+        graph: traced and canonical.
+        keep_float: names of modules whose layers stay in float.
+    """
+    tails = integer_kernels(graph, keep_float)
+    made = frozenset(tails.values())
     heads = {group_tail(node): node for node in graph.nodes if _is_kernel(node)}
     names = _node_names(graph)
     roots: dict[Node, Node] = {}
-    pending = [*heads, *(source for head in heads.values() for source in activations(head))]
+    pending = [*made, *(source for head in tails for source in activations(head))]
     while pending:
         node = pending.pop()
-        if node in roots or not _is_float(node):
+        if node in roots or not (_is_float(node) or node.target in SPLITS):
             continue
-        if moves(node):
-            source = node.all_input_nodes[0]
-            roots[node] = source
-            pending.append(source)
-        else:
-            roots[node] = node
+        roots[node] = source = _passed_on(node, made) or _joined_in(node, tails) or node
+        pending.append(source)
+        if node.target in SPLITS:
+            pending.extend(node.users)  # ONNX Runtime splits integers only if all parts are
+    read = {_follow(roots, node) for node in roots if node.target in HARD_SIGMOIDS}
+    aligned = {root for root in read if root.target not in CLIPPING}  # whose zero point is fixed
     return [
-        QuantizedTensor(node, root := _follow(roots, node), names[heads.get(root, root)])
+        QuantizedTensor(
+            node, root := _follow(roots, node), names[heads.get(root, root)], root in aligned
+        )
         for node in graph.nodes
-        if node in roots and node.target not in DROPOUTS
+        if node in roots and not (node.target in DROPOUTS | SPLITS or _is_derived(node, roots))
     ]
 
 
 def kernels(graph: Graph) -> Iterator[Node]:
-    """Yield the weighted nodes of ``graph``: what must become an integer kernel."""
+    """Yield the weighted nodes of ``graph``, whatever they compute in."""
     return (node for node in graph.nodes if _is_weighted(node))
+
+
+def match_layers(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
+    """Return the modules of layers that a pattern fits, by their name or one around them.
+
+    Raises:
+        CompressionError: a pattern fits none.
+    """
+    layers = sorted({module_of(node) for node in graph.nodes if _has_weights(node)})
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = [
+            name
+            for name in layers
+            if any(fnmatchcase(around, pattern) for around in accumulate(name.split("."), _dotted))
+        ]
+        if not found:
+            near = ", ".join(get_close_matches(pattern, layers, n=3, cutoff=0.0))
+            raise CompressionError(
+                f"quantize.keep_float: {pattern!r} fits no layer with weights; near it are {near}",
+                layer=pattern,
+            )
+        matched.update(found)
+    return frozenset(matched)
+
+
+def _has_weights(node: Node) -> bool:
+    return _is_weighted(node) or node.target in RECURRENT
+
+
+def _dotted(around: str, name: str) -> str:
+    return f"{around}.{name}"
+
+
+def integer_kernels(graph: Graph, keep_float: frozenset[str] = frozenset()) -> Mapping[Node, Node]:
+    """Return the first and the last node of everything that becomes one integer kernel."""
+    tails = {
+        node: group_tail(node)
+        for node in graph.nodes
+        if _is_kernel(node) and node.target not in TRANSPOSED and module_of(node) not in keep_float
+    }
+    while idle := [head for head in tails if head.target in LIGHT and not _pays(head, tails)]:
+        for head in idle:
+            del tails[head]
+    return tails
+
+
+def _pays(head: Node, tails: Mapping[Node, Node]) -> bool:
+    """Whether a kernel reads what an integer kernel made, and makes what one reads."""
+    made = frozenset(tails.values())
+    fed = any(_origin(source, made) in made for source in activations(head))
+    return fed and any(reader in tails for reader in _readers(tails[head], made))
+
+
+def _origin(node: Node, made: frozenset[Node]) -> Node:
+    while (source := _passed_on(node, made)) is not None:
+        node = source
+    return node
+
+
+def _readers(node: Node, made: frozenset[Node]) -> Iterator[Node]:
+    for user in node.users:
+        if user not in made and (moves(user) or user.target in HARD_SIGMOIDS | RECTIFIERS):
+            yield from _readers(user, made)
+        else:
+            yield user
+
+
+def _passed_on(node: Node, made: frozenset[Node]) -> Node | None:
+    """Return the node whose integers ``node`` hands on, or None where it makes its own.
+
+    A Relu that no kernel took in cuts integers as well, and a hard sigmoid has as many values
+    as integers come in; behind a float operator both are part of what is quantized.
+    """
+    if node in made or not node.all_input_nodes:
+        return None
+    source = node.all_input_nodes[0]
+    if moves(node):
+        return source
+    cuts = node.target in HARD_SIGMOIDS | RECTIFIERS and _origin(source, made) in made
+    return source if cuts else None
+
+
+def _joined_in(node: Node, tails: Mapping[Node, Node]) -> Node | None:
+    """Return the concatenation that alone reads ``node``, so that both may share parameters.
+
+    Quantized once rather than twice, and joined by copying. What ends in a clip needs a range
+    that is cut at the same places.
+    """
+    cat = _sole_user(node, {aten.cat.default})
+    if cat is None or cat not in tails or node.op != "call_function":
+        return None
+    clip = _clipped_to(node)
+    same = clip is None or all(_clipped_to(source) == clip for source in activations(cat))
+    return cat if same else None
+
+
+def _clipped_to(node: Node) -> tuple[object, ...] | None:
+    kind = str(node.target).replace("_.", ".")  # in place or not
+    return (kind, *node.args[1:]) if node.target in CLIPPING else None
+
+
+def _is_derived(node: Node, roots: Mapping[Node, Node]) -> bool:
+    return node.target in HARD_SIGMOIDS and roots[node] is not node
+
+
+def align(scale: float, zero_point: int, low: int, high: int) -> Parameters:
+    """Return parameters under which a hard sigmoid is a cut of integers between two of them.
+
+    The hard sigmoid of ``scale * (q - zero_point)`` is ``scale / 6 * (q - zero_point + 3 / scale)``
+    cut to 0 and 1: integers again, if ``3 / scale`` is one. Equal for what is aligned already.
+
+    Args:
+        scale: of a tensor that a hard sigmoid reads; made larger, mostly by less than a hundredth.
+        zero_point: of the same; moved where the range does not reach down to -3.
+        low: smallest integer.
+        high: largest integer.
+    """
+    below, above = max(3.0, scale * (zero_point - low)), scale * (high - zero_point)
+    steps = math.floor(3 * (high - low) / (below + above) + 1e-3)
+    if steps < 1:
+        return scale, zero_point
+    return 3 / steps, low + round(below * steps / 3)
 
 
 def activations(kernel: Node) -> list[Node]:
     """Return the values that ``kernel`` reads, its weight and bias excepted."""
-    if kernel.target in WEIGHTED:
+    if kernel.target in WEIGHTED or kernel.target is LONE_NORM:
         return [kernel.all_input_nodes[0]]
     return [node for node in kernel.all_input_nodes if _is_float(node)]
 
@@ -139,7 +305,7 @@ def group_tail(head: Node) -> Node:
     tail = head
     if head.target in WEIGHTED:
         tail = _sole_user(tail, {NORM}) or tail
-    if head.target in WEIGHTED or head.target in {aten.add.Tensor, aten.add_.Tensor}:
+    if head.target in WEIGHTED or head.target in ADDITIONS or head.target is LONE_NORM:
         tail = _sole_clip(tail) or tail
     return tail
 
@@ -177,15 +343,62 @@ def _sole_clip(node: Node) -> Node | None:
 
 
 def _is_kernel(node: Node) -> bool:
+    """Whether ONNX Runtime has a kernel for ``node`` that is worth its conversions."""
     if node.op != "call_function" or not _is_float(node):
         return False
     if node.target in WEIGHTED:
         return _is_weighted(node)
-    # Arithmetic with a literal has no second tensor for an integer kernel to read.
-    return node.target in COMPUTING and (
-        node.target not in {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
-        or len(activations(node)) == len(node.args)
-    )
+    if node.target in ADDITIONS | PRODUCTS:
+        # Arithmetic with a literal has no second tensor for an integer kernel to read.
+        return len(activations(node)) == len(node.args)
+    if node.target is LONE_NORM:
+        return is_scaling(node)
+    if node.target is aten.avg_pool2d.default:
+        return is_global(node) or is_even_mean(node)
+    return node.target in LIGHT
+
+
+def is_scaling(norm: Node) -> bool:
+    """Whether a BatchNorm that folds into no layer is a convolution with one weight a channel."""
+    return norm.meta["val"].ndim == 4 and all(isinstance(one, Node) for one in norm.args[3:5])
+
+
+def is_global(pool: Node) -> bool:
+    """Whether a mean is taken over the whole image."""
+    source, window, _stride, padding, *_ = pooling(pool)
+    return tuple(shape_of(source)[-2:]) == window and not any(padding)
+
+
+def shape_of(node: Node) -> torch.Size:
+    """Return the shape of a value; conversions, which know none, keep that of what they read."""
+    while "val" not in node.meta:
+        node = node.all_input_nodes[0]
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def is_even_mean(pool: Node) -> bool:
+    """Whether every mean of a pooling is over as many values, so that weights can say it.
+
+    A pooling that is not over the whole image has a slow integer kernel: as a convolution it
+    takes a quarter of the time.
+    """
+    *_, padding, ceiling, counted, divisor = pooling(pool)
+    return not ceiling and divisor is None and (counted or not any(padding))
+
+
+def pooling(pool: Node) -> tuple[Any, ...]:
+    """Return source, window, stride, padding, ceil_mode, count_include_pad, divisor_override."""
+    given: list[Any] = list(pool.args)
+    given += [None, None, [], 0, False, True, None][len(given) :]
+    source, window, stride, padding, ceiling, counted, divisor = given
+    window = _pair(window)
+    return source, window, _pair(stride) or window, _pair(padding), ceiling, counted, divisor
+
+
+def _pair(sizes: Any) -> tuple[int, ...]:
+    listed = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
+    return listed * 2 if len(listed) == 1 else listed
 
 
 def _is_weighted(node: Node) -> bool:
@@ -200,6 +413,8 @@ def _is_constant(node: Node) -> bool:
 
 def moves(node: Node) -> bool:
     """Whether ``node`` only moves values, zero (which every range holds) among them."""
+    if node.target is operator.getitem:
+        return node.all_input_nodes[0].target in SPLITS
     place = PAD_VALUES.get(node.target)
     padding = None if place is None else next(iter(node.args[place : place + 1]), None)
     return not padding and (node.target in MOVING or node.target in DROPOUTS)

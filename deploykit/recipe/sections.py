@@ -379,6 +379,12 @@ class QuantizeSection(RecoverySection):
     freeze_statistics: Fraction = Field(
         0.5, description="share of the epochs after which BatchNorm and ranges stand still"
     )
+    keep_float: Patterns = Field((), description="shell patterns of modules to leave in float")
+    min_sqnr: Positive | None = Field(
+        None,
+        description="ptq: smallest signal-to-quantization-noise ratio of the logits, dB; layers "
+        "stay in float, the most sensitive first, until it holds",
+    )
 
 
 class VerifySection(Section):
@@ -402,6 +408,16 @@ class BudgetSection(Section):
     )
     confidence: Annotated[FiniteFloat, Field(gt=0.5, lt=1)] | None = Field(
         None, description="accept only if the drop's interval at this level holds max_drop"
+    )
+    trials: Count = Field(
+        3,
+        description="tries to hold the budget: the recipe as it stands, then with less pruning "
+        "where accuracy is missing, or more where speed is",
+    )
+    trial_epochs: Count | None = Field(
+        None,
+        description="most epochs of recovery, prune and quantize together, in each try after the "
+        "first; default: as those sections say",
     )
 
 

@@ -54,24 +54,36 @@ class _Axis:
 
 
 def scatter(
-    points: Sequence[Point], *, title: str, x: str, y: str, formats: Sequence[Format]
+    points: Sequence[Point],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    formats: Sequence[Format],
+    others: Sequence[Point] = (),
 ) -> Markup:
-    """Draw labelled dots, joined in their order.
+    """Draw labelled dots, joined in their order, and the front of those that none dominates.
+
+    A dot dominates another where it is further left and higher.
 
     Args:
         points: at least one.
+        others: more dots, which nothing joins.
         title: what a screen reader says.
         x: name of the horizontal axis; it begins at 0.
         y: name of the vertical axis.
         formats: writers of the values on x and on y.
     """
-    across = _axis([0.0, *(point.x for point in points)], LEFT, WIDTH - RIGHT, room=0.15)
-    up = _axis([point.y for point in points], HEIGHT - BOTTOM, TOP, room=0.25)
+    dots = [*points, *others]
+    across = _axis([0.0, *(point.x for point in dots)], LEFT, WIDTH - RIGHT, room=0.15)
+    up = _axis([point.y for point in dots], HEIGHT - BOTTOM, TOP, room=0.25)
     parts = [_frame(across, up, x, y, formats)]
     path = " ".join(f"{across(point.x)},{up(point.y)}" for point in points)
     parts.append(Markup('<polyline class="way" points="{}"/>').format(path))
-    boxes = [_box(across(point.x), up(point.y), 12, 12) for point in points]
-    for point in points:
+    stairs = " ".join(f"{across(left)},{up(height)}" for left, height in pareto_stairs(dots))
+    parts.append(Markup('<polyline class="front" points="{}"/>').format(stairs))
+    boxes = [_box(across(point.x), up(point.y), 12, 12) for point in dots]
+    for point in dots:
         label_x, label_y, anchor = _place_label(point.label, across(point.x), up(point.y), boxes)
         hint = f"{point.label}: {formats[0](point.x)}, {formats[1](point.y)}"
         parts.append(
@@ -90,6 +102,17 @@ def scatter(
             )
         )
     return _svg(title, parts)
+
+
+def pareto_stairs(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Return the corners of the line under which every point lies: least x, greatest y."""
+    stairs: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: (point.x, -point.y)):
+        if not stairs:
+            stairs.append((point.x, point.y))
+        elif point.y > stairs[-1][1]:
+            stairs += [(point.x, stairs[-1][1]), (point.x, point.y)]
+    return stairs
 
 
 def line_chart(

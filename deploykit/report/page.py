@@ -20,7 +20,15 @@ from deploykit.report.headline import (
     tiles,
     verdict,
 )
-from deploykit.report.tables import class_changes, confusions, harm_bars, trained_spans, width_bars
+from deploykit.report.tables import (
+    class_changes,
+    confusions,
+    harm_bars,
+    latency_bars,
+    noise_bars,
+    trained_spans,
+    width_bars,
+)
 
 Json = Mapping[str, Any]
 
@@ -38,7 +46,16 @@ def render(report: Json) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    names = ("percent", "points", "milliseconds", "times", "size", "count", "seconds")
+    names = (
+        "percent",
+        "points",
+        "milliseconds",
+        "short_milliseconds",
+        "times",
+        "size",
+        "count",
+        "seconds",
+    )
     environment.filters.update({name: getattr(wording, name) for name in names})
     environment.filters.update(
         times_interval=wording.times_interval, points_interval=wording.points_interval
@@ -53,6 +70,7 @@ def render(report: Json) -> str:
         budget=budget_rows(report, details),
         tradeoffs=_tradeoffs(report),
         stages=_stage_rows(report, details),
+        trials=_trial_rows(details.get("trials") or ()),
         courses=_courses(details.get("curves") or {}),
         trained=trained_spans(details),
         widths=width_bars(details.get("widths") or ()),
@@ -60,6 +78,9 @@ def render(report: Json) -> str:
         removed=(details.get("pruning") or {}).get("removed") or (),
         bounds=(details.get("pruning") or {}).get("bounds") or (),
         harms=harm_bars((details.get("pruning") or {}).get("sensitivity")),
+        layers_ms=latency_bars(details.get("layers_ms") or ()),
+        noises=noise_bars(details.get("rounding")),
+        noise=(details.get("rounding") or {}).get("together"),
         fusion=_fusion(details.get("fusion")),
         classes=class_changes(details.get("per_class") or ()),
         confusions=confusions(details),
@@ -110,6 +131,7 @@ def _tradeoffs(report: Json) -> list[Markup]:
         if points:
             chart = scatter(
                 points,
+                others=_other_trials(report, batch),
                 title=f"validation accuracy against latency at batch {batch}",
                 x=f"ms at batch {batch}",
                 y="validation accuracy",
@@ -117,6 +139,41 @@ def _tradeoffs(report: Json) -> list[Markup]:
             )
             charts.append(chart)
     return charts
+
+
+def _other_trials(report: Json, batch: str) -> list[Point]:
+    """Return a dot for each try to hold the budget that was not chosen."""
+    trials = (report.get("details") or {}).get("trials") or ()
+    return [
+        Point(f"trial {one['number']}", latency, one["validation_accuracy"], "trial")
+        for one in trials
+        if not one["chosen"] and (latency := latency_ms(one, batch)) is not None
+    ]
+
+
+def _trial_rows(trials: Sequence[Json]) -> list[dict[str, Any]]:
+    """Say what each try to hold the budget was, and what came of it."""
+    rows = []
+    for one in trials if len(trials) > 1 else ():
+        pruned = one["pruned"] or {}
+        told = ", ".join(
+            [f"prune.{key} {value:g}" for key, value in pruned.items()]
+            + [f"{name} in float" for name in one["keep_float"]]
+        )
+        role = "final" if one["chosen"] else "passed" if one["passed"] else "refused"
+        why = "; ".join(check["why"] for check in one["checks"] if not check["passed"])
+        rows.append(
+            {
+                "number": one["number"],
+                "role": role,
+                "what": told or "no pruning",
+                "validation_accuracy": one["validation_accuracy"],
+                "speedup": one["speedup"],
+                "size_bytes": one["size_bytes"],
+                "why": one["failed"] or why or "holds the budget",
+            }
+        )
+    return rows
 
 
 def _stage_rows(report: Json, details: Json) -> list[dict[str, Any]]:

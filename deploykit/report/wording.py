@@ -27,6 +27,11 @@ def milliseconds(value: float | None) -> str:
     return DASH if value is None else f"{_three_digits(value)}{SPACE}ms"
 
 
+def short_milliseconds(value: float | None) -> str:
+    """Write a time as `milliseconds` does, where a column already says the unit: ``0.152``."""
+    return DASH if value is None else _three_digits(value)
+
+
 def times(value: float | None) -> str:
     """Write a ratio: 1.87 and the sign of multiplication."""
     return DASH if value is None else f"{value:.2f}\N{MULTIPLICATION SIGN}"

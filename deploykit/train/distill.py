@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from deploykit.recipe.sections import TrainSection
+from deploykit.train.answers import KeptAnswers
 from deploykit.train.learner import open_fabric
 from deploykit.train.loop import Loss
 from deploykit.train.plan import Training
@@ -43,7 +44,10 @@ def distillation(
     """
     temperature, share = taught.temperature, taught.share
     device = open_fabric(training.device, plan.precision).device
-    knowing = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    module = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    # On a GPU the teacher answers sooner than its answers could be looked up.
+    kept = training.answers if device.type == "cpu" else None
+    knowing = module if kept is None else KeptAnswers(module, kept)
 
     def loss(outputs: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deploykit.errors import RecipeError
 from deploykit.held_weights import Projection
+from deploykit.models.weights import load_tensors
 from deploykit.recipe.sections import TrainSection
 from deploykit.train.average import WeightAverage
 from deploykit.train.freeze import Groups
@@ -139,7 +140,7 @@ class Learner:
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put back what `tensors` gave."""
-        self.module.load_state_dict(tensors["weights"])
+        load_tensors(self.module, tensors["weights"])
         load_optimizer_tensors(self._optimizer, self.module, tensors["optimizer"])
         if self.average is not None:
             self.average.load(tensors["average"])

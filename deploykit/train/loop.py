@@ -19,6 +19,7 @@ from deploykit.artifacts import JsonDict
 from deploykit.errors import Interrupted, ModelError, RecipeError
 from deploykit.held_weights import Projection
 from deploykit.interrupt import raise_if_stopped
+from deploykit.models.weights import load_tensors
 from deploykit.recipe.sections import TrainSection
 from deploykit.seeds import stable_seed
 from deploykit.train.batches import Batch, Batches
@@ -193,7 +194,7 @@ class _Fit:
         finally:
             progress.stage_ended()
         if self.chosen:
-            self.learner.module.load_state_dict(self.chosen)
+            load_tensors(self.learner.module, self.chosen)
         self.finished = True
         self._save()
 
@@ -305,7 +306,7 @@ class _Fit:
                     self._estimate_statistics()
             yield
         finally:
-            self.learner.module.load_state_dict(trained)
+            load_tensors(self.learner.module, trained)
 
     @torch.no_grad()
     def _estimate_statistics(self) -> None:
@@ -379,7 +380,7 @@ class _Fit:
         self.history = [EpochRecord(**record) for record in found.state["history"]]
         self.finished = found.state["finished"]
         if self.finished:
-            self.learner.module.load_state_dict(found.kinds["weights"])
+            load_tensors(self.learner.module, found.kinds["weights"])
             return
         self.learner.load(found.kinds)
         self.learner.load_scaler(found.state["scaler"])

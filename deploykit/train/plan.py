@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ class Training:
         seed: of the run; with stage, epoch and step it decides all randomness.
         checkpoints: folder with a subfolder for each stage; None keeps no checkpoints.
         progress: who is told how far it is.
+        answers: file of a teacher's answers, where the same batches may come again.
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
     """
 
@@ -44,7 +45,13 @@ class Training:
     seed: int = 0
     checkpoints: Path | None = None
     progress: Progress = field(default_factory=SilentProgress)
+    answers: Path | None = None
     device: str = "auto"
+
+    def in_folder(self, name: str) -> Training:
+        """Return the same training with its checkpoints in a folder of their own."""
+        checkpoints = None if self.checkpoints is None else self.checkpoints / name
+        return replace(self, checkpoints=checkpoints)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from deploykit.artifacts import Candidate, Signature, TensorSpec
-from deploykit.errors import CompressionError, ModelError
+from deploykit.errors import ModelError
 from deploykit.models import build_model, fold_normalization
 from deploykit.prune import prune_channels
 from deploykit.recipe.sections import ModelSection
 from deploykit.structure import example_input, load_candidate, save_candidate
-from deploykit.widths import changed_widths, read_widths
+from deploykit.widths import changed_widths, read_widths, set_widths
 
 pytestmark = pytest.mark.vision
 
@@ -75,26 +75,62 @@ def test_unknown_argument_of_a_library_model_is_refused(tmp_path, library):
 
 
 @pytest.mark.parametrize(
-    ("name", "narrowed", "left_alone", "arguments"),
+    ("name", "narrowed", "whole"),
     [
-        ("timm:vit_tiny_patch16_224", "blocks.0.mlp.fc1", "patch_embed", {"img_size": SIZE}),
-        ("timm:convnext_atto", "stages.0.blocks.0.mlp.fc1", "stem.0", {}),
-        ("torchvision:mobilenet_v3_small", "features.1.block.1.fc1", "classifier.3", {}),
+        ("timm:vit_tiny_patch16_224", {"blocks.0.attn.qkv": 384, "patch_embed.proj": 96}, ()),
+        ("timm:convnext_atto", {"stem.0": 20, "stages.0.blocks.0.mlp.fc1": 80}, ()),
+        ("timm:resmlp_12_224", {"blocks.0.mlp_channels.fc1": 768}, ()),
+        (
+            "torchvision:vit_b_32",
+            {"conv_proj": 384, "encoder.layers.encoder_layer_0.mlp.0": 1536},
+            (),
+        ),
+        ("torchvision:mobilenet_v3_small", {"features.1.block.1.fc1": 4}, ()),
+        ("torchvision:shufflenet_v2_x0_5", {"conv1.0": 12}, ("stage3.0.branch1.2",)),
+        (
+            "torchvision:swin_t",
+            {"features.1.0.mlp.0": 192},
+            ("features.0.0", "features.1.0.attn.qkv"),
+        ),
+        ("torchvision:densenet121", {"features.denseblock1.denselayer1.conv2": 16}, ()),
     ],
 )
-def test_model_of_many_operations_is_pruned_rightly_or_left_alone(
-    tmp_path, name, narrowed, left_alone, arguments
-):
-    """Attention, layer norm, squeeze-excite: the trial decides, group by group."""
-    module = build(name, tmp_path, **arguments)
-    _, notes = prune_channels(
-        module, torch.randn(2, 3, SIZE, SIZE), channel_ratio=0.3, scope="uniform"
+def test_model_of_many_operations_is_pruned_rightly_or_left_alone(tmp_path, name, narrowed, whole):
+    """Attention, norms, shuffles, joins: half of all that can be proven, the rest named."""
+    sized = {"image_size": SIZE} if "torchvision:vit" in name else {}
+    sized = {"img_size": SIZE} if name.startswith(("timm:vit", "timm:resmlp")) else sized
+    module = build(name, tmp_path, **sized)
+    pruned, notes = prune_channels(
+        module, torch.randn(2, 3, SIZE, SIZE), channel_ratio=0.5, scope="uniform"
     )
-    assert narrowed in notes.widths
-    assert any(left_alone in label for label in notes.left_alone)
+    assert {layer: notes.widths[layer][1] for layer in narrowed} == narrowed
+    left = {layer for label in notes.left_alone for layer in label.split(", ")}
+    assert left >= set(whole)
+    fresh = build(name, tmp_path, **sized).eval()
+    set_widths(fresh, changed_widths(read_widths(module), read_widths(pruned)))
+    fresh.load_state_dict(pruned.state_dict())
+    sample = torch.randn(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(fresh(sample), pruned(sample))
 
 
-def test_model_that_the_dependency_graph_cannot_hold_is_refused(tmp_path):
-    module = build("torchvision:shufflenet_v2_x0_5", tmp_path)
-    with pytest.raises(CompressionError, match="cannot be traced"):
-        prune_channels(module, torch.randn(2, 3, SIZE, SIZE), channel_ratio=0.3)
+def test_whole_heads_of_library_models_go(tmp_path):
+    x = torch.randn(2, 3, SIZE, SIZE)
+    module = build("timm:vit_tiny_patch16_224", tmp_path, img_size=SIZE)
+    pruned, _ = prune_channels(module, x, channel_ratio=0.4, scope="uniform")
+    assert [block.attn.num_heads for block in pruned.blocks] == [2] * 12
+    module = build("torchvision:vit_b_32", tmp_path, image_size=SIZE)
+    pruned, _ = prune_channels(module, x, channel_ratio=0.5, scope="uniform")
+    assert [layer.self_attention.num_heads for layer in pruned.encoder.layers] == [6] * 12
+    assert pruned.hidden_dim == pruned.class_token.shape[-1] == 384
+
+
+def test_segmentation_model_of_named_outputs_is_pruned(tmp_path):
+    arguments = {"weights_backbone": None, "aux_loss": True}
+    module = build("torchvision:deeplabv3_mobilenet_v3_large", tmp_path, **arguments).eval()
+    pruned, notes = prune_channels(
+        module, torch.randn(2, 3, SIZE, SIZE), channel_ratio=0.5, scope="uniform"
+    )
+    assert notes.parameters[1] < 0.4 * notes.parameters[0]
+    assert set(pruned(torch.randn(1, 3, SIZE, SIZE))) == {"out", "aux"}
+    assert set(notes.left_alone) == {"classifier.4", "aux_classifier.4"}

@@ -1,0 +1,78 @@
+"""What is predicted of a model that was never built is what it turns out to be."""
+
+import copy
+
+import pytest
+import torch
+from tiny_layers import FAMILIES, TorchAttention, Vision
+
+from deploykit.prune import landscape
+from deploykit.prune.bounded import carry_out
+from deploykit.prune.cost import MacsCost
+from deploykit.prune.graph import LAYERS
+from deploykit.prune.landscape import Rules, explore, survey, widths_below
+from deploykit.prune.search import Plan
+from deploykit.widths import read_widths
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+RULES = Rules(importance="l2", protect=(), channel_multiple=1, depth=False)
+
+
+def make(family):
+    torch.manual_seed(0)
+    return FAMILIES[family][0]().eval()
+
+
+def halved(found):
+    """Return a plan that narrows every group to the middle of its widths."""
+    widths = {root: widths_below(group, 1) for root, group in found.groups.items()}
+    channels = {root: options[len(options) // 2] for root, options in widths.items()}
+    return Plan(channels, (), 0.0, 0.0, holds=True)
+
+
+def layer_widths(module):
+    layers = {name for name, part in module.named_modules() if isinstance(part, LAYERS)}
+    return {name: widths for name, widths in read_widths(module).items() if name in layers}
+
+
+def check_prediction(module):
+    found = explore(module, IMAGE, RULES)
+    plan = halved(found)
+    smaller, _ = carry_out(module, IMAGE, plan, RULES)
+    predicted, built = found.narrowed(plan.channels), layer_widths(smaller)
+    assert plan.channels
+    assert {name: predicted[name] for name in built} == built
+    cost = MacsCost.of(module, IMAGE)
+    assert cost.predict(predicted) == cost.measure(smaller) < cost.measure(module)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_widths_and_cost_are_those_of_the_model_once_it_is_built(family):
+    check_prediction(make(family))
+
+
+def test_prediction_that_forgets_members_would_be_found_out(monkeypatch):
+    """The control."""
+    members = landscape._members
+    monkeypatch.setattr(landscape, "_members", lambda *args: members(*args)[:1])
+    with pytest.raises(AssertionError):
+        check_prediction(make("grouped"))
+
+
+@pytest.mark.parametrize("family", ["attention of torch", "attention written out", "chunk"])
+def test_survey_measures_every_width_and_leaves_the_module_alone(family):
+    module = make(family)
+    before = copy.deepcopy(module)
+    found = survey(module, IMAGE, [IMAGE], RULES)
+    for root, group in found.groups.items():
+        assert set(found.losses[root]) == set(widths_below(group, 1))
+        assert max(found.losses[root].values()) > 0
+    assert all(type(a) is type(b) for a, b in zip(module.modules(), before.modules(), strict=True))
+    pairs = zip(module.state_dict().values(), before.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_group_of_heads_narrows_by_whole_heads():
+    torch.manual_seed(0)
+    found = explore(Vision(TorchAttention), IMAGE, RULES)
+    assert widths_below(found.groups["attention.inner.in_proj"], 1) == [12, 24, 36]

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from tiny_quantized import CLASSES, TARGET, Net, Samples, array_candidate, noise_ratio
+from torch import nn
+
+from deploykit.errors import CompressionError
+from deploykit.exporter import export_onnx
+from deploykit.fusion import fused_operators
+from deploykit.measure.session import open_model
+from deploykit.quantize import calibrate
+from deploykit.recipe.sections import VerifySection
+from deploykit.verify import verify_onnx
+
+pytestmark = pytest.mark.slow
+STEPS, WIDTH = 12, 8
+RANDOM = np.random.default_rng(0)
+# Each class has steps of its own, so that answers have a margin.
+CENTRES = RANDOM.normal(size=(CLASSES, STEPS, WIDTH))[np.arange(64) % CLASSES]
+VALUES = (CENTRES + 0.3 * RANDOM.normal(size=CENTRES.shape)).astype(np.float32)
+
+
+def recurrent(kind, units, **options):
+    torch.manual_seed(0)
+    ways = 2 if options.get("bidirectional") else 1
+    net = Net(
+        lambda net, x: net.fc(net.body(net.stem(x))[0][:, -1]),
+        stem=nn.Linear(WIDTH, 16),
+        body=kind(16, units, batch_first=True, **options),
+        fc=nn.Linear(ways * units, CLASSES),
+    )
+    return array_candidate(net.eval(), (STEPS, WIDTH))
+
+
+def quantized(candidate, folder, keep_float=()):
+    """Write float and int8, verify; return the int8 model, its fusion and the error's power."""
+    model = export_onnx(candidate, folder / "float.onnx", name="tiny")
+    integers = calibrate(candidate, VALUES, target=TARGET, keep_float=keep_float)
+    written = export_onnx(integers, folder / "int8.onnx", name="tiny")
+    verify_onnx(integers, written, Samples(VALUES), VerifySection(), threads=1)
+    expected, answered = (
+        open_model(one, 1).run(None, {"features": VALUES})[0] for one in (model, written)
+    )
+    return written, fused_operators(written, threads=1), noise_ratio(expected, answered)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_a_wide_lstm_runs_in_integers_and_the_rest_too(options, tmp_path):
+    candidate = recurrent(nn.LSTM, 128, **options)
+    model, report, noise = quantized(candidate, tmp_path)
+    assert report.operators["DynamicQuantizeLSTM"] == options.get("num_layers", 1)
+    assert report.operators["QGemm"] == 2
+    assert report.floating == ()
+    assert {"stem", "fc"} <= set(report.integer)
+    assert noise < 0.01
+    weights = sum(value.numel() for value in candidate.module.parameters())
+    assert model.path.stat().st_size < 2 * weights
+
+
+def test_a_narrow_lstm_stays_in_float_where_it_is_faster(tmp_path):
+    _, report, _ = quantized(recurrent(nn.LSTM, 32), tmp_path)
+    (layer,) = report.floating
+    assert layer.operator == "LSTM"
+    assert "few units" in layer.why
+
+
+def test_a_gru_stays_in_float_for_want_of_a_kernel(tmp_path):
+    _, report, noise = quantized(recurrent(nn.GRU, 128), tmp_path)
+    (layer,) = report.floating
+    assert (layer.operator, report.operators["QGemm"]) == ("GRU", 2)
+    assert "no integer kernel for GRU" in layer.why
+    assert noise < 0.01
+
+
+def test_an_lstm_is_left_in_float_by_name(tmp_path):
+    candidate = recurrent(nn.LSTM, 128)
+    _, report, _ = quantized(candidate, tmp_path, keep_float=("body",))
+    assert report.operators["LSTM"] == 1
+    with pytest.raises(CompressionError, match="near it are body"):
+        calibrate(candidate, VALUES, target=TARGET, keep_float=("bdy",))
+
+
+def test_equal_candidates_give_equal_bytes(tmp_path):
+    integers = calibrate(recurrent(nn.LSTM, 128), VALUES, target=TARGET)
+    first = export_onnx(integers, tmp_path / "a.onnx", name="tiny").path.read_bytes()
+    assert export_onnx(integers, tmp_path / "b.onnx", name="tiny").path.read_bytes() == first
