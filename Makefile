@@ -10,6 +10,7 @@ PYTHON ?= $(firstword $(foreach candidate,python3 python3.11 python3.12 python3.
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VISION := $(VENV)-vision
+RIVALS := $(VENV)-rivals
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types docs test-vision test-browser clean
@@ -62,7 +63,7 @@ docs: $(STAMP) ## write docs/recipe.md from the models
 	mv docs/recipe.md.new docs/recipe.md
 
 # These benchmarks need torchvision.
-$(addprefix bench-,coverage): bench-%: $(VISION)/.installed
+$(addprefix bench-,architectures coverage): bench-%: $(VISION)/.installed
 	$(VISION)/bin/python benchmarks/$*.py
 
 bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
@@ -80,5 +81,15 @@ $(VENV)/.browser: $(STAMP)
 		--constraint constraints.txt --editable '.[dev,browser]'
 	@touch $@
 
+bench-resnet20 bench-resnet56: $(RIVALS)/.installed
+
+# What others quantize with; their versions are part of the figures.
+$(RIVALS)/.installed: Makefile
+	@rm -f $@
+	@$(PYTHON) -m venv $(RIVALS)
+	@$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		nncf==3.4.0 openvino==2026.4.0 onnx==1.23.2 onnxruntime==1.31.1 sympy==1.14.0
+	@touch $@
+
 clean: ## remove environments, runs and bundles
-	rm -rf $(VENV) $(VISION) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VISION) $(RIVALS) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis

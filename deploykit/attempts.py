@@ -89,9 +89,8 @@ def adopt(trials: Sequence[Trial], best: int, home: RunFolder) -> Trial:
     if chosen.folder == home:
         return chosen
     stages = chosen.course.stages
-    measured = [dict(trial.measured) for trial in trials]
-    made = [one.name for one in stages if one.model.path == chosen.folder.onnx(one.name)]
-    home.adopt(chosen.folder, made, {"trials": measured})
+    own = [one.name for one in stages if one.model.path == chosen.folder.onnx(one.name)]
+    home.adopt(chosen.folder, own, {"trials": [dict(trial.measured) for trial in trials]})
     moved = {
         stage.name: replace(stage, model=replace(stage.model, path=home.onnx(stage.name)))
         for stage in stages

@@ -40,13 +40,14 @@ class Course:
         self.stages.append(stage)
 
     def copy(self) -> Course:
-        """Return a course that begins with the same stages and goes its own way."""
-        return Course(
-            list(self.stages),
-            dict(self.origin),
-            set(self.refused),
-            dict(self.reasons),
-            dict(self.speedups),
+        """Return a course that goes on from here without this one."""
+        return replace(
+            self,
+            stages=[*self.stages],
+            origin=dict(self.origin),
+            refused=set(self.refused),
+            reasons=dict(self.reasons),
+            speedups=dict(self.speedups),
         )
 
     def moved(self, stages: Mapping[str, Stage]) -> Course:

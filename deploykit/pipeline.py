@@ -132,12 +132,12 @@ def run_stages(
         answers=run.checkpoints / "answers.sqlite" if may_try_again(recipe) else None,
     )
     work = Work(recipe, run, run, dataset, training, teacher, student)
-    course = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
+    base = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
     if recipe.distill is not None:
-        _distill(work, course)
-        work = work.fed_as(course.final.candidate)
+        _distill(work, base)
+        work = work.fed_as(base.final.candidate)
     most = None if replay is None else len(replay)
-    trials = try_until_it_holds(recipe, run, _attempt(work, course, replay), most)
+    trials = try_until_it_holds(recipe, run, _attempt(work, base, replay), most)
     best = best_trial([trial.outcome for trial in trials])
     chosen = adopt(trials, best, run)
     course, measured = chosen.course, chosen.measured
@@ -173,8 +173,8 @@ def run_stages(
     return report
 
 
-def _attempt(work: Work, begun: Course, replay: Sequence[Mapping[str, JsonDict]] | None) -> Attempt:
-    """Return what makes and measures every stage that may vary once, as a trial's recipe says."""
+def _attempt(work: Work, base: Course, replay: Sequence[Mapping[str, JsonDict]] | None) -> Attempt:
+    """Return what makes and measures every stage after ``base`` once, as a trial's recipe says."""
 
     def attempt(recipe: Recipe, folder: RunFolder, number: int) -> Trial:
         one = replace(work, recipe=recipe, run=folder)
@@ -182,11 +182,11 @@ def _attempt(work: Work, begun: Course, replay: Sequence[Mapping[str, JsonDict]]
             one = replace(one, training=one.training.in_folder(f"trial-{number}"))
             work.say(f"trial {number}: {described(recipe)}")
         try:
-            course = _make_stages(one, begun)
+            course = _make_stages(one, base)
         except CompressionError as error:
             if number == 1:  # the recipe itself asks for what cannot be
                 raise
-            return Trial(folder, begun, {}, Outcome(recipe.prune, failed=str(error)))
+            return Trial(folder, base, {}, Outcome(recipe.prune, failed=str(error)))
         raise_if_stopped("measuring")
         work.say("measuring latency")
         known = None if replay is None else replay[number - 1]
@@ -214,10 +214,10 @@ def _rather_in_float(work: Work, candidate: Candidate) -> tuple[str, ...]:
     return () if found.weights.keys() <= set(layers) else layers
 
 
-def _make_stages(work: Work, begun: Course) -> Course:
-    """Make every further stage that the recipe names, each from the last one kept."""
+def _make_stages(work: Work, base: Course) -> Course:
+    """Make every stage that the recipe names after ``base``, each from the last one kept."""
     recipe: Recipe = work.recipe
-    course = begun.copy()
+    course = base.copy()
     if recipe.prune is not None:
         latency = _latency(work, course.final.candidate, "prune")
         before, started = course.final, time.monotonic()
@@ -326,7 +326,7 @@ def _latency(work: Work, candidate: Candidate, stage: str) -> LatencyCost:
         resolve_target(recipe.target),
         quantized=recipe.quantize is not None,
         times=LayerTimes.open(cache_folder(), recipe.threads),
-        # What trials measure of one model to prune is the same for all of them.
+        # What trials measure of the one model that they prune is the same for all of them.
         record=(work.home if stage == "prune" else work.run).latencies(stage),
     )
 
@@ -373,7 +373,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             work.training,
             section,
             target=target,
-            teacher=_as_fed(baseline.candidate, before.candidate),
+            teacher=_as_fed(baseline.candidate, before.candidate) if section.distill else None,
             keep_float=section.keep_float,
         ),
     )

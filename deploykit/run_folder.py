@@ -85,6 +85,8 @@ class RunFolder:
             if trial.candidate(stage).is_dir():
                 with publish_folder(self.candidate(stage), force=True) as staging:
                     shutil.copytree(trial.candidate(stage), staging, dirs_exist_ok=True)
+        for record in trial.path.glob("latencies*.json"):
+            write_atomic(self.path / record.name, record.read_bytes())
         own = trial.read_json("measurements.json") or {}
         self.write_json("measurements.json", {**own, **measured})
 

@@ -54,7 +54,9 @@ def student_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
         return None
     with _told_of("distill.student"):
         module = _build(recipe.distill.student, recipe, dataset)
-        return _folded(_plain(recipe.distill.student, module, dataset), stage="distill")
+        candidate = _folded(_plain(recipe.distill.student, module, dataset), stage="distill")
+        trace(candidate.module, example_input(candidate, batch=2))
+        return candidate
 
 
 def teacher_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
@@ -161,19 +163,17 @@ def _check_stages(recipe: Recipe, dataset: Dataset, candidate: Candidate) -> Non
         raise RecipeError(["data.augment: expected images to augment, got arrays; remove it"])
     if recipe.train is not None:
         match_groups(candidate.module, recipe.train.groups)
+    trace(candidate.module, example_input(candidate, batch=2))
     teacher_candidate(recipe, dataset)
     student = student_candidate(recipe, dataset)
     if recipe.distill is None or recipe.distill.unless_it_pays == "drop":
         _check_patterns(recipe, candidate)
-    else:
-        trace(candidate.module, example_input(candidate, batch=2))
     if student is not None:
-        with _told_of("distill.student"):
-            _check_patterns(recipe, student)
+        _check_patterns(recipe, student)
 
 
 def _check_patterns(recipe: Recipe, candidate: Candidate) -> None:
-    """Trace a model that may go on to be compressed, and match patterns with it."""
+    """Match patterns with a model that may go on to be compressed."""
     module = candidate.module
     if recipe.prune is not None:
         match_modules(module, recipe.prune.protect)
@@ -181,6 +181,6 @@ def _check_patterns(recipe: Recipe, candidate: Candidate) -> None:
         check_protected(module, recipe.sparsify.protect, "sparsify")
     if recipe.cluster is not None:
         check_protected(module, recipe.cluster.protect, "cluster")
-    graph = trace(module, example_input(candidate, batch=2))
-    if recipe.quantize is not None:
-        match_layers(graph.graph, recipe.quantize.keep_float)
+    if recipe.quantize is not None and recipe.quantize.keep_float:
+        graph = trace(module, example_input(candidate, batch=2)).graph
+        match_layers(graph, recipe.quantize.keep_float)

@@ -1,0 +1,154 @@
+"""A run on CIFAR-10 against other ways to integers: what `resnet20.py` and `resnet56.py` share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from table import Figure, publish
+
+from deploykit.artifacts import JsonDict
+from deploykit.job import read_data
+from deploykit.quantization.graphs import quiet
+from deploykit.run_folder import RunFolder
+from deploykit.statistics import paired_drop
+from deploykit.structure import example_input, load_candidate
+
+ROOT = Path(__file__).parents[1]
+DEPLOYKIT = str(Path(sys.executable).with_name("deploykit"))
+RIVALS = Path(sys.executable).parents[1].with_name(f"{Path(sys.executable).parents[1].name}-rivals")
+ROUNDS = 40
+FASTER = 1.4  # than every rival at batch 1
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a recipe is held to.
+
+    Attributes:
+        recipe: its file.
+        max_drop: of test accuracy against the float model, 0 to 1.
+        min_speedup: at batch 1 over the float model.
+    """
+
+    recipe: str
+    max_drop: float
+    min_speedup: float
+
+
+def hold(name: str, promise: Promise) -> int:
+    """Run the recipe, or read a run of it, set it beside its rivals, and hold it to the promise."""
+    parser = argparse.ArgumentParser(description=f"{promise.recipe} against other ways to integers")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run of the recipe")
+    parser.add_argument("--trial", action="store_true", help="few samples; keeps no table")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="deploykit-") as scratch:
+        folder = Path(scratch)
+        path = options.run or folder / "run"
+        if options.run is None:
+            command = [DEPLOYKIT, "compress", promise.recipe, "--out", path]
+            subprocess.run(command, cwd=ROOT, check=True)
+        run, report = RunFolder(path), json.loads((path / "report.json").read_text())
+        labels = hand_over(run, report, folder, 200 if options.trial else None)
+        python, script = RIVALS / "bin/python", Path(__file__).with_name("rivals.py")
+        rounds = 2 if options.trial else ROUNDS
+        arguments = [folder, report["threads"], rounds]
+        subprocess.run([python, script, *map(str, arguments)], check=True)
+        answers = dict(np.load(folder / "answers.npz"))
+        times = json.loads((folder / "times.json").read_text())
+    return tell(name, promise, report, answers, times, labels, keep=not options.trial)
+
+
+def hand_over(run: RunFolder, report: JsonDict, folder: Path, limit: int | None) -> np.ndarray:
+    """Write what the rivals need; return the labels of the test rows."""
+    recipe = run.recipe()
+    if limit is not None:
+        data = recipe.data.model_copy(update={"limit": limit})
+        recipe = recipe.model_copy(update={"data": data})
+    test = read_data(recipe).test
+    candidate = load_candidate(run.candidate("train"), base=run.path)
+    write_float(candidate.module.eval(), example_input(candidate, batch=2), folder / "float.onnx")
+    (folder / "pixels.json").write_text(json.dumps(dict(candidate.signature.preprocess or {})))
+    np.save(folder / "calibration.npy", np.load(run.calibration, allow_pickle=False))
+    np.save(folder / "test.npy", test.load(np.arange(len(test))))
+    for name, stage in (("whole", "train"), ("ours", report["final"]["name"])):
+        (folder / f"{name}.onnx").write_bytes(run.onnx(stage).read_bytes())
+    return test.labels
+
+
+def write_float(module: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Write a plain float model, as a rival's user would: normalized pixels in, logits out."""
+    with quiet():
+        program = torch.onnx.export(
+            module, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+    assert program is not None
+    onnx.save(program.model_proto, path)
+
+
+def tell(
+    name: str,
+    promise: Promise,
+    report: JsonDict,
+    answers: dict[str, np.ndarray],
+    times: dict[str, dict[str, list[float]]],
+    labels: np.ndarray,
+    *,
+    keep: bool,
+) -> int:
+    """Publish the figures."""
+    correct = {one: found == labels for one, found in answers.items()}
+    milliseconds = {
+        one: {batch: np.array(rounds) for batch, rounds in found.items()}
+        for one, found in times.items()
+    }
+    ours, drop = "deploykit", report["drop"]
+    figures = [
+        Figure("fp32, test accuracy", correct["fp32"].mean(), "{:.2%}"),
+        Figure("deploykit, test accuracy", correct[ours].mean(), "{:.2%}"),
+        Figure("test accuracy lost", drop["value"], "{:.2%}", at_most=promise.max_drop),
+    ]
+    for batch in ("1", "32"):
+        ratio = float(np.median(milliseconds["fp32"][batch] / milliseconds[ours][batch]))
+        least = promise.min_speedup if batch == "1" else None
+        figures.append(
+            Figure(f"fp32 / deploykit latency, batch {batch}", ratio, "{:.2f}x", at_least=least)
+        )
+    details = [
+        f"95% interval of the accuracy lost: {drop['interval'][0]:.2%} to "
+        f"{drop['interval'][1]:.2%}; on validation {drop['validation']['value']:.2%}."
+    ]
+    for rival in [one for one in answers if one not in ("fp32", ours)]:
+        for batch in ("1", "32"):
+            ratio = float(np.median(milliseconds[rival][batch] / milliseconds[ours][batch]))
+            least = FASTER if batch == "1" else None
+            text = f"{rival} / deploykit latency, batch {batch}"
+            figures.append(Figure(text, ratio, "{:.2f}x", at_least=least))
+        lost, (low, high) = paired_drop(correct[rival], correct[ours])
+        figures += [
+            Figure(f"{rival}, test accuracy", correct[rival].mean(), "{:.2%}"),
+            Figure(
+                f"significantly less accurate than {rival}", float(low > 0), "{:.0f}", at_most=0
+            ),
+        ]
+        details.append(f"{rival} to deploykit: {lost:.2%} lost (95%: {low:.2%} to {high:.2%}).")
+    minutes = sum(one["seconds"] for one in report["stages"]) / 60
+    figures.append(Figure("compress, wall time", minutes, "{:.0f} min"))
+    return publish(
+        name,
+        figures,
+        about=f"`{promise.recipe}` against post-training quantization by others, from the same "
+        "float weights and calibration samples, timed in the same rounds by "
+        f"{report['threads']} thread(s). What the rivals' normalization takes is not counted.",
+        command=f"make bench-{name}",
+        details=details,
+        keep=keep,
+    )
