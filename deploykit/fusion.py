@@ -230,6 +230,15 @@ class _Graph:
         producer = self.producers.get(tensor)
         return producer is not None and producer.op_type == "DequantizeLinear"
 
+    def is_constant(self, tensor: str) -> bool:
+        """Whether a float tensor depends on no input; packed weights are decoded from constants."""
+        if tensor in self.constants:
+            return True
+        producer = self.producers.get(tensor)
+        if producer is None or producer.op_type == "DequantizeLinear":
+            return False
+        return all(self.is_constant(source) for source in producer.input if source)
+
     def constant(self, tensor: str) -> Any:
         """Return a constant's values, or None."""
         from onnx import numpy_helper
@@ -251,7 +260,7 @@ def _why_float(name: str, graph: _Graph) -> str:
         return f"ONNX Runtime has no integer kernel for {node.op_type} on the CPU"
     if node.op_type == "LSTM":
         return "its weights are floats: the integer kernel is not faster for few units"
-    if len(node.input) > 1 and node.input[1] in graph.constants:
+    if len(node.input) > 1 and graph.is_constant(node.input[1]):
         return "its weights are floats"
     for role, tensor in zip(("first input", "second input"), node.input, strict=False):
         if not graph.is_dequantized(tensor):

@@ -326,7 +326,8 @@ def _latency(work: Work, candidate: Candidate, stage: str) -> LatencyCost:
         resolve_target(recipe.target),
         quantized=recipe.quantize is not None,
         times=LayerTimes.open(cache_folder(), recipe.threads),
-        record=work.run.latencies(stage),
+        # What trials measure of the one model that they prune is the same for all of them.
+        record=(work.home if stage == "prune" else work.run).latencies(stage),
     )
 
 

@@ -286,7 +286,7 @@ def test_train_learns_from_a_teacher_beside_the_labels(recipe, tmp_path):
     taught = parse_recipe(text, (), "tiny")
     start, teacher = initial_candidate(taught, dataset, None), teacher_candidate(taught, dataset)
     training = Training(dataset, taught.train)
-    work = Work(taught, None, dataset, training, teacher)
+    work = Work(taught, None, None, dataset, training, teacher)
     trained = train(start, work)
     with torch.no_grad():
         answers = trained.module.eval()(example_input(trained, batch=16)).argmax(1)
