@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -341,14 +341,20 @@ def run(name: str, args: argparse.Namespace) -> Result:
 
 
 def call(name: str, step: str, args: argparse.Namespace) -> str:
-    """Do one step in a fresh process; say what ended it early, or return ``""``."""
-    command = [sys.executable, __file__, "--step", step, "--models", name]
-    command += ["--folder", str(args.folder), "--memory-gib", str(args.memory_gib)]
-    try:
-        code = subprocess.run(command, timeout=60 * args.minutes, check=False).returncode
-    except subprocess.TimeoutExpired:
+    """Do one step in a process of its own; say what ended it early, or return ``""``.
+
+    The processes come of a server that has imported the libraries and done nothing else.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["__main__", "onnxruntime", "onnxscript"])
+    process = server.Process(target=work, args=(name, step, args.folder / name, args.memory_gib))
+    process.start()
+    process.join(60 * args.minutes)
+    if process.is_alive():
+        process.kill()
+        process.join()
         return f"more than {args.minutes:g} minutes"
-    return f"the process ended with {code}" if code else ""
+    return f"the process ended with {process.exitcode}" if process.exitcode else ""
 
 
 def table_of(results: Sequence[Result]) -> list[str]:
@@ -383,11 +389,7 @@ def main() -> int:
     parser.add_argument("--memory-gib", type=float, default=12, help="limit of one process")
     parser.add_argument("--minutes", type=float, default=30, help="limit of one process")
     parser.add_argument("--trial", action="store_true", help="two small models; keep nothing")
-    parser.add_argument("--step", choices=("prune", "check"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.step:
-        work(args.models, args.step, args.folder / args.models, args.memory_gib)
-        return 0
     names = args.models.split(",") if args.models else [*MODELS, *DETECTORS]
     if args.trial:
         names = ["squeezenet1_1", "lraspp_mobilenet_v3_large"]

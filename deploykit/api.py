@@ -41,7 +41,10 @@ def compress(
     augment: Sequence[Mapping[str, Any]] = (),
     normalize: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
+    distill: Mapping[str, Any] | None = None,
     prune: Mapping[str, Any] | None = None,
+    sparsify: Mapping[str, Any] | None = None,
+    cluster: Mapping[str, Any] | None = None,
     quantize: Mapping[str, Any] | None = None,
     verify: Mapping[str, Any] | None = None,
     budget: Mapping[str, Any] | None = None,
@@ -68,7 +71,10 @@ def compress(
         augment: as a recipe's ``data.augment``.
         normalize: ``mean`` and ``std`` on the 0 to 1 scale, for images given as arrays.
         train: as the recipe's section of that name; None skips the stage.
+        distill: likewise.
         prune: likewise.
+        sparsify: likewise.
+        cluster: likewise.
         quantize: likewise.
         verify: likewise.
         budget: likewise.
@@ -96,7 +102,16 @@ def compress(
             "name": model if named else f"python:{type(model).__qualname__}",
             "weights": None if weights is None else str(weights),
         },
-        {"train": train, "prune": prune, "quantize": quantize, "verify": verify, "budget": budget},
+        {
+            "train": train,
+            "distill": distill,
+            "prune": prune,
+            "sparsify": sparsify,
+            "cluster": cluster,
+            "quantize": quantize,
+            "verify": verify,
+            "budget": budget,
+        },
         name=name,
         seed=seed,
         target=target,

@@ -87,7 +87,7 @@ class Candidate:
         structure: JSON from which the module is rebuilt, without its weights:
             ``{"model": {"name", "arguments"}, "input": ..., "widths": ..., "quantization": ...}``;
             an absent key means that nothing of the kind was done.
-        stage: the stage that made it: ``train``, ``prune`` or ``quantize``.
+        stage: the stage that made it, such as ``train`` or ``prune``.
         notes: what the stage wants the report to say (curves, decisions, layers left alone).
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from deploykit.artifacts import JsonDict
 from deploykit.course import Course
-from deploykit.decisions import check_budget
+from deploykit.decisions import check_budget, validation_drop
 from deploykit.interrupt import raise_if_stopped
 from deploykit.measure import Latency
 from deploykit.recipe.sections import Recipe
@@ -68,11 +68,17 @@ def outcome_of(recipe: Recipe, course: Course, measured: Mapping[str, JsonDict])
     final = measured[course.final.name]["latency"]["1"]
     bounds = [stage.candidate.notes.get("prune", {}).get("bounds") for stage in course.stages]
     unpruned = [float(found[0]["before"]) for found in bounds if found]
+    last, rounding_drop = course.final, 0.0
+    if last.name == "quantize":
+        rounding_drop, _ = validation_drop(course.origin[last.name], last)
     return Outcome(
         recipe.prune,
         pruned_speedup=course.speedups.get("prune"),
         speedup=None if final is None else Latency.from_json(final).ratio,
         checks=check_budget(recipe.budget, course.stages[0], course.final, measured)["checks"],
+        keep_float=() if recipe.quantize is None else recipe.quantize.keep_float,
+        rounding_drop=rounding_drop,
+        drop=validation_drop(course.stages[0], last)[0],
         unpruned_ms=unpruned[0] if unpruned else None,
     )
 
@@ -83,8 +89,8 @@ def adopt(trials: Sequence[Trial], best: int, home: RunFolder) -> Trial:
     if chosen.folder == home:
         return chosen
     stages = chosen.course.stages
-    measured = [dict(trial.measured) for trial in trials]
-    home.adopt(chosen.folder, [stage.name for stage in stages[1:]], {"trials": measured})
+    own = [one.name for one in stages if one.model.path == chosen.folder.onnx(one.name)]
+    home.adopt(chosen.folder, own, {"trials": [dict(trial.measured) for trial in trials]})
     moved = {
         stage.name: replace(stage, model=replace(stage.model, path=home.onnx(stage.name)))
         for stage in stages

@@ -12,11 +12,12 @@ from deploykit.artifacts import Candidate
 from deploykit.data import Dataset
 from deploykit.data.pixels import normalize
 from deploykit.job import check_speed_can_be_judged, read_data
-from deploykit.recipe.sections import Recipe, RecoverySection
-from deploykit.start import initial_candidate
+from deploykit.recipe.sections import Recipe
+from deploykit.start import initial_candidate, student_candidate
 from deploykit.targets import resolve_target
 
 TIMED_STEPS = 3
+TEACHING_COST = 1 / 3  # of a step of the teacher: it only answers
 QAT_COST = 2.0  # steps of quantization-aware training take about twice as long
 PROOF_SECONDS = 15.0  # export, verification and measurement of a stage
 
@@ -53,13 +54,24 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def _plan(recipe: Recipe) -> list[str]:
     lines = []
     if recipe.train is not None:
-        lines.append(f"train: {recipe.train.epochs} epochs")
+        teacher = recipe.train.teacher
+        taught = "" if teacher is None else f", learning from {teacher.name} as well"
+        lines.append(f"train: {recipe.train.epochs} epochs{taught}")
+    if recipe.distill is not None:
+        student = recipe.distill.student.name
+        lines.append(f"distill: {student} takes its place, {recipe.distill.epochs} epochs")
     if recipe.prune is not None:
         prune = recipe.prune
         lines.append(
             f"prune: {_amount(*prune.how_much)} in {prune.steps} step(s), "
             f"{prune.epochs} epochs of recovery each"
         )
+    if recipe.sparsify is not None:
+        zeros = recipe.sparsify
+        lines.append(f"sparsify: {zeros.ratio:.0%} of the weights, {zeros.epochs} epochs, for size")
+    if recipe.cluster is not None:
+        few = recipe.cluster
+        lines.append(f"cluster: {2**few.bits} values a layer, {few.epochs} epochs, for size")
     if recipe.quantize is not None:
         epochs = "" if recipe.quantize.mode == "ptq" else f", {recipe.quantize.epochs} epochs"
         lines.append(f"quantize: {recipe.quantize.mode}{epochs}")
@@ -79,15 +91,23 @@ def _amount(key: str, value: float) -> str:
 def _estimate(recipe: Recipe, candidate: Candidate, dataset: Dataset) -> float:
     """Time a few steps and multiply."""
     batch_size = recipe.train.batch_size if recipe.train else 128
-    epoch = _step_seconds(candidate, dataset, batch_size) * len(dataset.train) / batch_size
-    epochs = float(recipe.train.epochs) if recipe.train else 0.0
+    steps = len(dataset.train) / batch_size
+    epoch = _step_seconds(candidate, dataset, batch_size) * steps
+    seconds = epoch * (recipe.train.epochs if recipe.train else 0)
+    student = student_candidate(recipe, dataset)
+    if recipe.distill is not None and student is not None:
+        taught = epoch * TEACHING_COST
+        epoch = _step_seconds(student, dataset, batch_size) * steps
+        seconds += recipe.distill.epochs * (epoch + taught)
+    epochs = 0.0
     if recipe.prune is not None:
         epochs += recipe.prune.steps * recipe.prune.epochs
+    epochs += sum(one.epochs for one in (recipe.sparsify, recipe.cluster) if one is not None)
     if recipe.quantize is not None and recipe.quantize.mode != "ptq":
         epochs += QAT_COST * recipe.quantize.epochs
-    sections: list[RecoverySection | None] = [recipe.prune, recipe.quantize]
-    stages = 1 + sum(section is not None for section in sections)
-    return epochs * epoch + stages * PROOF_SECONDS
+    named = ("distill", "prune", "sparsify", "cluster", "quantize")
+    stages = 1 + sum(getattr(recipe, name) is not None for name in named)
+    return seconds + epochs * epoch + stages * PROOF_SECONDS
 
 
 def _step_seconds(candidate: Candidate, dataset: Dataset, batch_size: int) -> float:

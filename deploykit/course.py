@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from deploykit.decisions import pays
 from deploykit.errors import BudgetError
-from deploykit.recipe.sections import RecoverySection
+from deploykit.recipe.sections import Judged
 from deploykit.stages import Stage
 
 
@@ -39,12 +39,23 @@ class Course:
         self.origin[stage.name] = self.final
         self.stages.append(stage)
 
+    def copy(self) -> Course:
+        """Return a course that goes on from here without this one."""
+        return replace(
+            self,
+            stages=[*self.stages],
+            origin=dict(self.origin),
+            refused=set(self.refused),
+            reasons=dict(self.reasons),
+            speedups=dict(self.speedups),
+        )
+
     def moved(self, stages: Mapping[str, Stage]) -> Course:
         """Return the same course with these stages, by name, in place of its own."""
         origin = {name: stages[before.name] for name, before in self.origin.items()}
         return replace(self, stages=[stages[stage.name] for stage in self.stages], origin=origin)
 
-    def judge(self, stage: Stage, section: RecoverySection, speedup: float) -> None:
+    def judge(self, stage: Stage, section: Judged, speedup: float) -> None:
         """Keep the last stage if it pays, or else do what its section says.
 
         Raises:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate, OnnxModel
 from deploykit.errors import ExportError, ModelError
+from deploykit.packing import pack_weights
 from deploykit.precision import convert_floats, precision_of
 from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
@@ -35,7 +36,8 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     """Write ``candidate`` as one ONNX file with a dynamic batch.
 
     A quantized candidate is written with int8 weights and quantize/dequantize pairs (QDQ), one
-    of another precision of floats as `deploykit.precision` says.
+    of another precision of floats as `deploykit.precision` says. Zeros and shared values that a
+    stage has made are stored as `deploykit.packing` says.
     Equal candidates give equal bytes, wherever they are written.
 
     Args:
@@ -60,6 +62,8 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
         _keep_floats(proto.graph)
     proto = convert_floats(proto, precision_of(candidate))
     _strip(proto)
+    if candidate.structure.get("sparse") or candidate.structure.get("clustered"):
+        pack_weights(proto.graph)
     proto.graph.name = name
     proto.producer_name, proto.producer_version = "deploykit", ""
     proto.domain, proto.model_version = "", 1

@@ -10,6 +10,8 @@ from deploykit.artifacts import JsonDict
 from deploykit.errors import BundleError
 from deploykit.run_folder import RunFolder
 
+STAGES = ("train", "distill", "prune", "sparsify", "cluster", "quantize", "convert")
+
 
 def inspect_folder(folder: Path) -> str:
     """Describe the run or the bundle at ``folder``.
@@ -52,7 +54,7 @@ def _run_lines(run: RunFolder) -> Iterator[str]:
     recipe, report = run.recipe(), run.read_json("report.json")
     yield f"run: {recipe.name}, seed {recipe.seed}, target {recipe.target}"
     yield f"model: {recipe.model.name}; data: {recipe.data.source}"
-    done = [name for name in ("train", "prune", "quantize", "convert") if run.onnx(name).exists()]
+    done = [name for name in STAGES if run.onnx(name).exists()]
     if report is None:
         yield f"unfinished; stages done: {', '.join(done) or 'none'}; --resume continues it"
         return

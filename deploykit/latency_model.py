@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -152,17 +152,30 @@ class LatencyCost:
 
     def speedup(self, module: nn.Module, removed: Collection[str] = ()) -> float:
         """Return how many times faster than the whole model a pruned one is, as they ship."""
-        self._read()
         key = json.dumps([read_widths(module), sorted(removed)], sort_keys=True)
-        key = sha256(key.encode()).hexdigest()
+        pruned = replace(self.candidate, module=module)
+        return self._speedup(sha256(key.encode()).hexdigest(), pruned, lambda one: one.ratio)
+
+    def compare(self, candidate: Candidate) -> float:
+        """Return how many times faster than the whole model another candidate is, as they ship.
+
+        Where the rounds leave that undecided it is 1.
+        """
+        return self._speedup(
+            candidate.stage,
+            candidate,
+            lambda one: 1.0 if one.verdict == "undecided" else one.ratio,
+        )
+
+    def _speedup(self, key: str, candidate: Candidate, judge: Callable[[Latency], float]) -> float:
+        self._read()
         if key not in self._speedups:
-            pruned = replace(self.candidate, module=module)
             with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
                 models = {
                     "whole": self._ship(self.candidate, Path(folder) / "whole.onnx"),
-                    "pruned": self._ship(pruned, Path(folder) / "pruned.onnx"),
+                    "other": self._ship(candidate, Path(folder) / "other.onnx"),
                 }
-                self._speedups[key] = _batch_one(models, self.times.threads)["pruned"].ratio
+                self._speedups[key] = judge(_batch_one(models, self.times.threads)["other"])
             self._keep()
         return self._speedups[key]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from deploykit.artifacts import Candidate, JsonDict, Report
 from deploykit.attempts import (
@@ -21,32 +22,40 @@ from deploykit.attempts import (
     what_fell_short,
 )
 from deploykit.bundle_files import Golden, golden_files
+from deploykit.cluster import cluster
 from deploykit.course import Course
 from deploykit.data import Dataset
 from deploykit.decisions import ptq_decision, stage_decision
+from deploykit.distill import distill
 from deploykit.environment import cache_folder
 from deploykit.errors import BudgetError, CompressionError, DataError, VerificationError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
 from deploykit.measure.layer_times import LayerTimes
+from deploykit.models.normalization import renormalized
 from deploykit.precision import convert
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
 from deploykit.quantization.deployable import leave_recurrence_in_float
 from deploykit.quantize import calibrate, calibration_rows, train_quantized
-from deploykit.recipe.sections import Recipe, TrainSection
+from deploykit.recipe.sections import Judged, Recipe, TrainSection
 from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
 from deploykit.runtime import open_session, run_model
-from deploykit.stages import Stage, measure_stages, prove
+from deploykit.sensitivity import Sensitivity, layers_to_keep_float, quantization_sensitivity
+from deploykit.sparsify import sparsify
+from deploykit.stages import Stage, is_quantized, measure_stages, prove
+from deploykit.start import student_candidate, teacher_candidate
 from deploykit.targets import resolve_target
-from deploykit.train import Training, fit
+from deploykit.train import Training, distillation, fit
 from deploykit.trials import Outcome, best_trial, described, may_try_again
 
 GOLDEN_SAMPLES = 16
+JUDGED = 32  # samples that tell which layers integers harm
+NOISE_STEP = 3.0  # dB that a trial with more layers in float is to gain
 DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says so
 
 
@@ -67,6 +76,13 @@ class Work:
     home: RunFolder
     dataset: Dataset
     training: Training
+    teacher: Candidate | None = None
+    student: Candidate | None = None
+
+    def fed_as(self, candidate: Candidate) -> Work:
+        """Return the work with pixels normalized as ``candidate`` takes them."""
+        dataset = replace(self.dataset, preprocess=candidate.signature.preprocess)
+        return replace(self, dataset=dataset, training=replace(self.training, dataset=dataset))
 
     def say(self, text: str) -> None:
         """Tell the person who waits, and the log."""
@@ -104,6 +120,7 @@ def run_stages(
         BudgetError: everything was written, but a budget does not hold.
     """
     _keep_splits(run, dataset)
+    teacher, student = teacher_candidate(recipe, dataset), student_candidate(recipe, dataset)
     # Training, calibration and proof normalize as the deployed model will.
     dataset = replace(dataset, preprocess=start.signature.preprocess)
     training = Training(
@@ -115,10 +132,13 @@ def run_stages(
         progress=progress,
         answers=run.checkpoints / "answers.sqlite" if may_try_again(recipe) else None,
     )
-    work = Work(recipe, run, run, dataset, training)
-    trained = _proved(work, time.monotonic(), lambda: train(start, work))
+    work = Work(recipe, run, run, dataset, training, teacher, student)
+    base = Course([_proved(work, time.monotonic(), lambda: train(start, work))])
+    if recipe.distill is not None:
+        _distill(work, base)
+        work = work.fed_as(base.final.candidate)
     most = None if replay is None else len(replay)
-    trials = try_until_it_holds(recipe, run, _attempt(work, trained, replay), most)
+    trials = try_until_it_holds(recipe, run, _attempt(work, base, replay), most)
     best = best_trial([trial.outcome for trial in trials])
     chosen = adopt(trials, best, run)
     course, measured = chosen.course, chosen.measured
@@ -133,6 +153,7 @@ def run_stages(
         for stage in course.stages[1:]
     ]
     _keep_golden(work, course.final)
+    rounding = _sensitivity(work, course.final.candidate) if is_quantized(course.final) else None
     report = make_report(
         recipe,
         dataset,
@@ -145,6 +166,7 @@ def run_stages(
             {**trial.to_json(), "number": number, "chosen": trial is trials[best]}
             for number, trial in enumerate(trials, start=1)
         ],
+        rounding=None if rounding is None else rounding.to_json(),
     )
     write_report(report, run.path)
     if not report.budget["passed"]:
@@ -152,10 +174,8 @@ def run_stages(
     return report
 
 
-def _attempt(
-    work: Work, trained: Stage, replay: Sequence[Mapping[str, JsonDict]] | None
-) -> Attempt:
-    """Return what makes and measures every stage after training once, as a trial's recipe says."""
+def _attempt(work: Work, base: Course, replay: Sequence[Mapping[str, JsonDict]] | None) -> Attempt:
+    """Return what makes and measures every stage after ``base`` once, as a trial's recipe says."""
 
     def attempt(recipe: Recipe, folder: RunFolder, number: int) -> Trial:
         one = replace(work, recipe=recipe, run=folder)
@@ -163,27 +183,44 @@ def _attempt(
             one = replace(one, training=one.training.in_folder(f"trial-{number}"))
             work.say(f"trial {number}: {described(recipe)}")
         try:
-            course = _make_stages(one, trained)
+            course = _make_stages(one, base)
         except CompressionError as error:
             if number == 1:  # the recipe itself asks for what cannot be
                 raise
-            return Trial(folder, Course([trained]), {}, Outcome(recipe.prune, failed=str(error)))
+            return Trial(folder, base, {}, Outcome(recipe.prune, failed=str(error)))
         raise_if_stopped("measuring")
         work.say("measuring latency")
         known = None if replay is None else replay[number - 1]
         measured = measure_stages(course.stages, recipe, folder, known)
         _judge_quantized(course, recipe, measured)
-        return Trial(folder, course, measured, outcome_of(recipe, course, measured))
+        outcome = outcome_of(recipe, course, measured)
+        if not outcome.holds("max_drop") and is_quantized(course.final):
+            outcome = replace(outcome, sensitive=_rather_in_float(one, course.final.candidate))
+        return Trial(folder, course, measured, outcome)
 
     return attempt
 
 
-def _make_stages(work: Work, trained: Stage) -> Course:
-    """Make every stage after training that the recipe names, each from the last one kept."""
+def _sensitivity(work: Work, candidate: Candidate) -> Sensitivity:
+    """Measure what integers cost in each layer of a quantized candidate."""
+    samples = np.load(work.home.calibration, mmap_mode="r", allow_pickle=False)[:JUDGED]
+    return quantization_sensitivity(candidate, np.array(samples), seed=work.recipe.seed)
+
+
+def _rather_in_float(work: Work, candidate: Candidate) -> tuple[str, ...]:
+    """Return the layers without whose integers the logits would be a step less noisy."""
+    found = _sensitivity(work, candidate)
+    wanted = found.decibels(found.noise) + NOISE_STEP
+    layers = layers_to_keep_float(candidate, found, wanted_db=wanted)
+    return () if found.weights.keys() <= set(layers) else layers
+
+
+def _make_stages(work: Work, base: Course) -> Course:
+    """Make every stage that the recipe names after ``base``, each from the last one kept."""
     recipe: Recipe = work.recipe
-    course = Course([trained])
+    course = base.copy()
     if recipe.prune is not None:
-        latency = _latency(work, course.final.candidate)
+        latency = _latency(work, course.final.candidate, "prune")
         before, started = course.final, time.monotonic()
         stage = _proved(work, started, lambda: _prune(before.candidate, work, latency))
         course.add(stage)
@@ -192,6 +229,12 @@ def _make_stages(work: Work, trained: Stage) -> Course:
             removed = stage.candidate.structure.get("removed", ())
             speedup = latency.speedup(stage.candidate.module, removed)
             course.judge(stage, recipe.prune, speedup)
+    if recipe.sparsify is not None:
+        zeros = recipe.sparsify
+        _compress(work, course, zeros, lambda before: sparsify(before, work.training, zeros))
+    if recipe.cluster is not None:
+        few = recipe.cluster
+        _compress(work, course, few, lambda before: cluster(before, work.training, few))
     if recipe.quantize is not None:
         stage, reason = _quantize(work, course.final, course.stages[0])
         course.reasons["quantize"] = reason
@@ -238,21 +281,59 @@ def train(candidate: Candidate, work: Work) -> Candidate:
     """Train the float model, if the recipe says so."""
     if work.recipe.train is None or work.recipe.train.epochs == 0:
         return candidate
-    module = copy.deepcopy(candidate.module)
-    result = fit(module, work.training, stage="train")
+    module, training = copy.deepcopy(candidate.module), work.training
+    loss = None
+    if work.teacher is not None and work.recipe.train.teacher is not None:
+        knowing = _as_fed(work.teacher, candidate)
+        loss = distillation(knowing, training, training.plan, work.recipe.train.teacher)
+    result = fit(module, training, stage="train", loss=loss)
     notes = {**candidate.notes, "fit": result.to_json()}
     return replace(candidate, module=module, notes=notes)
 
 
-def _latency(work: Work, candidate: Candidate) -> LatencyCost:
-    """Return what measures a pruned candidate in the precision that ships."""
+def _as_fed(teacher: Candidate, learner: Candidate) -> nn.Module:
+    """Return a teacher's module that takes what the learner's takes."""
+    takes, given = teacher.signature.preprocess, learner.signature.preprocess
+    return renormalized(teacher.module, takes=takes, given=given)
+
+
+def _distill(work: Work, course: Course) -> None:
+    """Let the student take the place of the trained model, if that pays."""
+    section, student = work.recipe.distill, work.student
+    assert section is not None
+    assert student is not None
+    _compress(
+        work, course, section, lambda before: distill(before, student, work.training, section)
+    )
+
+
+def _compress(
+    work: Work, course: Course, section: Judged, make: Callable[[Candidate], Candidate]
+) -> None:
+    """Make a stage from the last one kept, and keep it if it pays."""
+    before = course.final.candidate
+    stage = _proved(work, time.monotonic(), lambda: make(before))
+    course.reasons[stage.name] = stage.candidate.notes["why"]
+    course.add(stage)
+    _judge(work, course, stage, section)
+
+
+def _judge(work: Work, course: Course, stage: Stage, section: Judged) -> None:
+    """Time a stage as it would ship beside the one before, where this machine is the target."""
+    latency = _latency(work, course.origin[stage.name].candidate, stage.name)
+    if section.unless_it_pays != "keep" and latency.is_here:
+        course.judge(stage, section, latency.compare(stage.candidate))
+
+
+def _latency(work: Work, candidate: Candidate, stage: str) -> LatencyCost:
+    """Return what measures what ``stage`` makes of a candidate, in the precision that ships."""
     recipe = work.recipe
     return LatencyCost(
         candidate,
         resolve_target(recipe.target),
         quantized=recipe.quantize is not None,
         times=LayerTimes.open(cache_folder(), recipe.threads),
-        record=work.home.latencies,
+        record=work.run.latencies(stage),
     )
 
 
@@ -298,7 +379,7 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             work.training,
             section,
             target=target,
-            teacher=baseline.candidate.module,
+            teacher=_as_fed(baseline.candidate, before.candidate) if section.distill else None,
             keep_float=section.keep_float,
         ),
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import CompressionError
+from deploykit.held_weights import projections
 from deploykit.models.weights import load_tensors
 from deploykit.quantization.deployable import exact_inputs
 from deploykit.quantization.graphs import (
@@ -147,7 +148,9 @@ def train_quantized(
     kept = _kept(candidate, keep_float)
     graph = training_graph(candidate.module, example, target, exact, kept)
     plan = recovery_plan(training.plan, section)
-    taught = distillation(teacher or candidate.module, training, plan) if section.distill else None
+    taught = None
+    if section.distill:
+        taught = distillation(teacher or candidate.module, training, plan, section)
     result = fit(
         graph,
         training,
@@ -156,6 +159,7 @@ def train_quantized(
         loss=taught,
         set_mode=set_graph_mode,
         on_epoch=_freezing(section, plan.epochs),
+        hold=projections(candidate),
     )
     module = copy.deepcopy(candidate.module)
     trained = graph.state_dict()

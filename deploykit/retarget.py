@@ -89,19 +89,20 @@ def make_for(
 
 
 def _float_candidate(run: RunFolder, recipe: Recipe, target: Target) -> Candidate:
-    if recipe.model.name.startswith("python:"):
+    stage = _newest_float(run)
+    if recipe.model.name.startswith("python:") and not run.candidate(stage).exists():
         raise VerificationError(
             f"{run.path}: expected a float candidate to make a model for {target.name}, got one "
             f"that was given as an object; compress it again with target={target.name!r}"
         )
-    return load_candidate(run.candidate(_newest_float(run, recipe)), base=Path())
+    return load_candidate(run.candidate(stage), base=Path())
 
 
-def _newest_float(run: RunFolder, recipe: Recipe) -> str:
+def _newest_float(run: RunFolder) -> str:
     """Name the last float stage that was kept."""
     report = run.read_json("report.json") or {}
-    refused = {one["stage"] for one in report.get("decisions", ()) if not one["kept"]}
-    return "train" if recipe.prune is None or "prune" in refused else "prune"
+    kept: list[str] = [one["stage"] for one in report.get("decisions", ()) if one["kept"]]
+    return ["train", *(stage for stage in kept if stage not in {"quantize", "convert"})][-1]
 
 
 def _calibration(run: RunFolder, candidate: Candidate) -> np.ndarray:

@@ -48,10 +48,9 @@ class RunFolder:
         """Raw training samples that other targets are calibrated with."""
         return self.path / "calibration.npy"
 
-    @property
-    def latencies(self) -> Path:
-        """What pruning to a latency has measured, written before it decides by it."""
-        return self.path / "latencies.json"
+    def latencies(self, stage: str) -> Path:
+        """Return the file of what ``stage`` has measured, written before it decides by it."""
+        return self.path / ("latencies.json" if stage == "prune" else f"latencies-{stage}.json")
 
     @property
     def golden(self) -> Path:
@@ -86,6 +85,8 @@ class RunFolder:
             if trial.candidate(stage).is_dir():
                 with publish_folder(self.candidate(stage), force=True) as staging:
                     shutil.copytree(trial.candidate(stage), staging, dirs_exist_ok=True)
+        for record in trial.path.glob("latencies*.json"):
+            write_atomic(self.path / record.name, record.read_bytes())
         own = trial.read_json("measurements.json") or {}
         self.write_json("measurements.json", {**own, **measured})
 

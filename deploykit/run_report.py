@@ -27,6 +27,7 @@ def make_report(
     decisions: Sequence[Decision],
     commands: Sequence[str],
     trials: Sequence[JsonDict] = (),
+    rounding: JsonDict | None = None,
 ) -> Report:
     """Draw everything together; reads the test split, for the first and the final stage only."""
     baseline = stages[0]
@@ -57,6 +58,7 @@ def make_report(
         details={
             **_details(recipe, dataset, stages, measured, final, test, commands),
             "trials": list(trials),
+            "rounding": rounding,
         },
     )
 
@@ -89,7 +91,7 @@ def _details(
         ],
         "parity": {stage.name: stage.parity.to_json() for stage in stages},
         "model": _shipped(final, recipe),
-        "input": dict(stages[0].candidate.notes["input"]),
+        "input": dict(final.candidate.structure["input"]),
         "normalization": measured[final.name].get("normalization"),
         "layers_ms": _layers_ms(measured[stages[0].name], measured[final.name]),
         "warnings": [*dataset.warnings, *_floats(fusion)],
@@ -106,6 +108,9 @@ def _details(
         details["pruning"] = {
             key: notes[key] for key in ("removed", "bounds", "sensitivity") if key in notes
         }
+    for stage in stages:
+        if stage.name in {"sparsify", "cluster"}:
+            details[stage.name] = stage.candidate.notes[stage.name]
     if fusion is not None:
         details["fusion"] = fusion
     return details

@@ -43,20 +43,27 @@ class Sensitivity:
     weights: Mapping[str, float]
     tensors: Mapping[str, float]
 
+    @property
+    def noise(self) -> float:
+        """Power of all roundings together, taken as independent."""
+        return sum(self.weights.values()) + sum(self.tensors.values())
+
     def decibels(self, noise: float) -> float:
         """Return the signal-to-noise ratio, in dB."""
-        return 10 * math.log10(self.signal / noise) if noise > 0 else math.inf
+        return 10 * math.log10(self.signal / noise) if noise > 0 < self.signal else math.inf
 
     def to_json(self) -> JsonDict:
-        """Return signal-to-noise ratios in dB, the most sensitive first."""
-        return {
+        """Return signal-to-noise ratios in dB: together, and each alone, the worst first."""
+        parts = {
             kind: {
                 name: round(self.decibels(noise), 2)
                 for name, noise in sorted(noises.items(), key=lambda item: -item[1])
-                if noise > 0
+                if noise > 0 < self.signal
             }
             for kind, noises in (("weights", self.weights), ("tensors", self.tensors))
         }
+        together = self.decibels(self.noise)
+        return {"together": round(together, 2) if math.isfinite(together) else None, **parts}
 
 
 def quantization_sensitivity(

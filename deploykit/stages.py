@@ -56,7 +56,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The stage's word: ``train``, ``prune``, ``quantize`` or ``convert``."""
+        """The stage's word, such as ``train`` or ``quantize``."""
         return self.candidate.stage
 
 
@@ -189,6 +189,11 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
         "parameters": count_parameters(candidate.module),
         "seconds": round(stage.seconds, 3),
     }
+
+
+def is_quantized(stage: Stage) -> bool:
+    """Whether a stage has activations in integers; recurrent layers alone have none."""
+    return bool(stage.candidate.structure.get("quantization", {}).get("parameters"))
 
 
 def fusion_of(stage: Stage, threads: int) -> JsonDict | None:

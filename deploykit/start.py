@@ -1,8 +1,10 @@
-"""The float model that a run starts from: built, and held to what every stage needs of it."""
+"""The float models that a run is given: built, and held to what every stage needs of them."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +13,15 @@ from torch import Tensor, nn
 
 from deploykit.artifacts import Candidate, JsonDict, Signature, TensorSpec
 from deploykit.data import Dataset
-from deploykit.errors import ModelError, RecipeError
+from deploykit.errors import MissingDependency, ModelError, RecipeError
+from deploykit.held_weights import check_protected
 from deploykit.models.build import build_model
 from deploykit.models.modes import evaluating
 from deploykit.models.normalization import fold_normalization
 from deploykit.prune.groups import match_modules
 from deploykit.quantization.graphs import trace
 from deploykit.quantization.rules import match_layers
-from deploykit.recipe.sections import Recipe
+from deploykit.recipe.sections import ModelSection, Recipe
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input
 from deploykit.train.freeze import match_groups
@@ -35,6 +38,57 @@ def initial_candidate(recipe: Recipe, dataset: Dataset, module: nn.Module | None
     Raises:
         ModelError: a later stage could not use the model; said now, not after the training.
     """
+    module = _build(recipe.model, recipe, dataset) if module is None else copy.deepcopy(module)
+    candidate = _folded(_plain(recipe.model, module, dataset), stage="train")
+    _check_stages(recipe, dataset, candidate)
+    return candidate
+
+
+def student_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
+    """Build the student of the recipe's ``distill``, with one mean and one std where that can be.
+
+    Raises:
+        ModelError: it cannot be built, or a later stage could not use it.
+    """
+    if recipe.distill is None:
+        return None
+    with _told_of("distill.student"):
+        module = _build(recipe.distill.student, recipe, dataset)
+        candidate = _folded(_plain(recipe.distill.student, module, dataset), stage="distill")
+        trace(candidate.module, example_input(candidate, batch=2))
+        return candidate
+
+
+def teacher_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
+    """Build the teacher that the recipe's ``train`` names; it takes what the data section says.
+
+    Raises:
+        ModelError: it cannot be built, or knows other classes.
+    """
+    if recipe.train is None or recipe.train.teacher is None:
+        return None
+    with _told_of("train.teacher"):
+        module = _build(recipe.train.teacher, recipe, dataset)
+        return _plain(recipe.train.teacher, module, dataset)
+
+
+@contextmanager
+def _told_of(section: str) -> Iterator[None]:
+    """Let a fault of a further model name its own section in place of ``model``."""
+    try:
+        yield
+    except (ModelError, MissingDependency) as error:
+        message = str(error)
+        told = message.removeprefix("model") if message.startswith("model") else f": {message}"
+        raise type(error)(f"{section}{told}") from error
+
+
+def _plain(section: ModelSection, module: nn.Module, dataset: Dataset) -> Candidate:
+    """Return a module as a candidate that takes what the data section says.
+
+    Raises:
+        ModelError: it does not answer with a logit a class.
+    """
     classes = len(dataset.classes)
     signature = Signature(
         inputs=(_input_spec(dataset),),
@@ -43,31 +97,35 @@ def initial_candidate(recipe: Recipe, dataset: Dataset, module: nn.Module | None
         preprocess=dataset.preprocess,
     )
     structure: JsonDict = {
-        "model": {"name": recipe.model.name, "arguments": recipe.model.arguments},
+        "model": {"name": section.name, "arguments": section.arguments},
         "classes": classes,
         "sample_shape": list(dataset.sample_shape),
     }
-    module = _build(recipe, dataset) if module is None else copy.deepcopy(module)
-    plain = Candidate(module, signature, structure, stage="train")
-    example = example_input(plain, batch=2)
-    _check_answer(plain, example, classes)
-    folded, preprocess, note = fold_normalization(module, dataset.preprocess, example)
-    candidate = replace(
-        plain,
-        module=folded,
-        signature=replace(signature, preprocess=preprocess),
-        structure={**structure, "input": note},
-        notes={"input": note},
-    )
-    _check_stages(recipe, candidate, example)
+    candidate = Candidate(module, signature, structure, stage="train")
+    _check_answer(candidate, example_input(candidate, batch=2), classes)
     return candidate
 
 
-def _build(recipe: Recipe, dataset: Dataset) -> nn.Module:
+def _folded(plain: Candidate, stage: str) -> Candidate:
+    """Return a candidate with one mean and one std where that can be."""
+    module, preprocess, note = fold_normalization(
+        plain.module, plain.signature.preprocess, example_input(plain, batch=2)
+    )
+    return replace(
+        plain,
+        module=module,
+        signature=replace(plain.signature, preprocess=preprocess),
+        structure={**plain.structure, "input": note},
+        stage=stage,
+        notes={"input": note},
+    )
+
+
+def _build(section: ModelSection, recipe: Recipe, dataset: Dataset) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed(recipe.seed, "weights"))
         return build_model(
-            recipe.model,
+            section,
             classes=len(dataset.classes),
             sample_shape=dataset.sample_shape,
             base=Path(),
@@ -99,14 +157,30 @@ def _check_answer(candidate: Candidate, example: Tensor, classes: int) -> None:
         )
 
 
-def _check_stages(recipe: Recipe, candidate: Candidate, example: Tensor) -> None:
-    """Match the recipe with the data's kind and the model's layers, and trace the model."""
+def _check_stages(recipe: Recipe, dataset: Dataset, candidate: Candidate) -> None:
+    """Match the recipe with the data's kind and the models' layers, and trace the models."""
     if recipe.data.augment and not candidate.signature.takes_images:
         raise RecipeError(["data.augment: expected images to augment, got arrays; remove it"])
     if recipe.train is not None:
         match_groups(candidate.module, recipe.train.groups)
+    trace(candidate.module, example_input(candidate, batch=2))
+    teacher_candidate(recipe, dataset)
+    student = student_candidate(recipe, dataset)
+    if recipe.distill is None or recipe.distill.unless_it_pays == "drop":
+        _check_patterns(recipe, candidate)
+    if student is not None:
+        _check_patterns(recipe, student)
+
+
+def _check_patterns(recipe: Recipe, candidate: Candidate) -> None:
+    """Match patterns with a model that may go on to be compressed."""
+    module = candidate.module
     if recipe.prune is not None:
-        match_modules(candidate.module, recipe.prune.protect)
-    graph = trace(candidate.module, example)
-    if recipe.quantize is not None:
-        match_layers(graph.graph, recipe.quantize.keep_float)
+        match_modules(module, recipe.prune.protect)
+    if recipe.sparsify is not None:
+        check_protected(module, recipe.sparsify.protect, "sparsify")
+    if recipe.cluster is not None:
+        check_protected(module, recipe.cluster.protect, "cluster")
+    if recipe.quantize is not None and recipe.quantize.keep_float:
+        graph = trace(module, example_input(candidate, batch=2)).graph
+        match_layers(graph, recipe.quantize.keep_float)

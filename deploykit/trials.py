@@ -1,9 +1,10 @@
 """How a run backs off until its budget holds: what each trial showed decides the next.
 
-The recipe as it stands is the first trial. Where accuracy is missing, the next one prunes less:
-just enough to be as fast as the budget asks, or half as much where it asks for no speed. Where
-speed is missing, it prunes more. A search without gradients over one quantity needs few trials,
-because its other side, the latency, was measured.
+The recipe as it stands is the first trial. Where accuracy is missing, the next one backs off in
+what cost the most of it: it prunes less, just enough to be as fast as the budget asks (or half as
+much where it asks for no speed), or leaves the layers in float that integers harm most. Where
+speed is missing, it prunes more. Such a search needs few trials, because the latency of each was
+measured.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class Outcome:
             where that cannot be measured here.
         speedup: of the final model over the float one at batch 1; None as above.
         checks: limits of the budget, as `check_budget` returns them.
+        keep_float: ``quantize.keep_float`` as it was.
+        rounding_drop: accuracy that quantization lost, 0 to 1; 0 where there was none.
+        drop: accuracy that the whole trial lost.
+        sensitive: layers to leave in float next, by module; empty where that is no way out.
         unpruned_ms: latency that ``latency_ms`` counts from, in ms; None for other keys.
         failed: why the trial brought no model at all.
     """
@@ -39,6 +44,10 @@ class Outcome:
     pruned_speedup: float | None = None
     speedup: float | None = None
     checks: Sequence[JsonDict] = ()
+    keep_float: tuple[str, ...] = ()
+    rounding_drop: float = 0.0
+    drop: float = 0.0
+    sensitive: tuple[str, ...] = ()
     unpruned_ms: float | None = None
     failed: str = ""
 
@@ -64,6 +73,7 @@ class Outcome:
         key, value = self.section.how_much if self.section else ("", 0.0)
         return {
             "pruned": {key: value} if key else None,
+            "keep_float": list(self.keep_float),
             "pruned_speedup": self.pruned_speedup,
             "speedup": self.speedup,
             "checks": [dict(check) for check in self.checks],
@@ -93,15 +103,19 @@ def _shortfall(check: JsonDict) -> float:
 
 def may_try_again(recipe: Recipe) -> bool:
     """Whether there is a budget, and something to vary until it holds."""
-    return recipe.budget is not None and recipe.budget.trials > 1 and recipe.prune is not None
+    varied = recipe.prune is not None or recipe.quantize is not None
+    return varied and recipe.budget is not None and recipe.budget.trials > 1
 
 
 def described(recipe: Recipe) -> str:
     """Say what a trial tries."""
-    if recipe.prune is None:
-        return "without pruning"
-    key, value = recipe.prune.how_much
-    return f"prune.{key} {value:g}"
+    parts = []
+    if recipe.prune is not None:
+        key, value = recipe.prune.how_much
+        parts.append(f"prune.{key} {value:g}")
+    if recipe.quantize is not None and recipe.quantize.keep_float:
+        parts.append(f"in float: {', '.join(recipe.quantize.keep_float)}")
+    return "; ".join(parts) or "without pruning"
 
 
 def next_trial(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
@@ -114,14 +128,50 @@ def next_trial(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
     if not outcomes:
         return recipe
     budget, last = recipe.budget, outcomes[-1]
-    if budget is None or last.passed or len(outcomes) >= budget.trials or recipe.prune is None:
+    if budget is None or last.passed or len(outcomes) >= budget.trials:
         return None
-    strength = _next_strength(budget.min_speedup, budget.trials, outcomes)
-    if strength is None or any(_alike(strength, one.strength) for one in outcomes):
+    ways = [_prune_otherwise, _leave_more_in_float]
+    if last.rounding_drop > last.drop / 2:
+        ways.reverse()
+    for way in ways:
+        tried = way(recipe, outcomes)
+        if tried is not None:
+            return _shortened(tried)
+    return None
+
+
+def _leave_more_in_float(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
+    """Take the layers out of the integers that lose the most accuracy there."""
+    last = outcomes[-1]
+    way_out = not last.holds("max_drop") and last.holds("min_speedup") and last.sensitive
+    if not way_out or set(last.sensitive) <= set(last.keep_float):
+        return None
+    return _as(recipe, last.section, last.sensitive)
+
+
+def _prune_otherwise(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
+    """Move the strength of pruning to where both limits may hold."""
+    last, budget = outcomes[-1], recipe.budget
+    if recipe.prune is None or budget is None:
+        return None
+    comparable = [one for one in outcomes if one.keep_float == last.keep_float]
+    left = budget.trials - len(outcomes)
+    strength = _next_strength(budget.min_speedup, left, comparable)
+    if strength is None or any(_alike(strength, one.strength) for one in comparable):
         return None
     unpruned_ms = next((one.unpruned_ms for one in outcomes if one.unpruned_ms), None)
-    prune = _section(recipe.prune, strength, unpruned_ms)
-    return _shortened(recipe.model_copy(update={"prune": prune}))
+    return _as(recipe, _section(recipe.prune, strength, unpruned_ms), last.keep_float)
+
+
+def _as(recipe: Recipe, prune: PruneSection | None, keep_float: tuple[str, ...]) -> Recipe:
+    """Return the user's recipe with another strength of pruning and other layers in float."""
+    if recipe.prune is not None and prune is not None:  # epochs are the user's again
+        key, value = prune.how_much
+        prune = recipe.prune.model_copy(update={key: value})
+    update: JsonDict = {"prune": prune}
+    if recipe.quantize is not None:
+        update["quantize"] = recipe.quantize.model_copy(update={"keep_float": keep_float})
+    return recipe.model_copy(update=update)
 
 
 def best_trial(outcomes: Sequence[Outcome]) -> int:
@@ -130,8 +180,9 @@ def best_trial(outcomes: Sequence[Outcome]) -> int:
 
 
 def _next_strength(
-    min_speedup: float | None, trials: int, outcomes: Sequence[Outcome]
+    min_speedup: float | None, left: int, outcomes: Sequence[Outcome]
 ) -> float | None:
+    """Return how strongly to prune; ``left`` trials may still be made."""
     last = outcomes[-1]
     accurate, fast = last.holds("max_drop"), last.holds("min_speedup")
     if last.failed:  # the bound could not be held: between here and the weaker trials
@@ -140,7 +191,6 @@ def _next_strength(
     if not accurate and not fast:
         return None  # less pruning is slower still, more of it less accurate
     if min_speedup is None:
-        left = trials - len(outcomes)
         return last.strength / 2 if left > 1 else 0.0
     # Between what was too slow and what was not accurate.
     low = max((one.strength for one in outcomes if not one.holds("min_speedup")), default=-1.0)

@@ -25,6 +25,7 @@ def make_trial(number, speedup, accuracy, milliseconds, *, passed):
         "number": number,
         "chosen": passed,
         "pruned": {"speedup": speedup},
+        "keep_float": ["linear"] if passed else [],
         "pruned_speedup": speedup,
         "speedup": 1.5 * speedup,
         "checks": [drop],
@@ -88,6 +89,8 @@ def make_details():
         "layers_ms": [{"layer": f"layer{i // 3 + 1}.{i % 3}.conv1", "before": 0.09 + i / 200,
                        "after": None if i == 4 else 0.05} for i in range(9)]
         + [{"layer": "", "before": 0.02, "after": 0.03}],
+        "rounding": {"together": 21.3, "weights": {"conv1": 30.1, "layer1.0.conv1": 38.0},
+                     "tensors": {"layer1.0.relu": 25.5}},
         "pruning": {
             "removed": ["layer2.1"],
             "bounds": [{"unit": "ms at batch 1", "before": 1.6, "bound": 0.9, "predicted": 0.88,

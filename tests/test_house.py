@@ -18,7 +18,8 @@ from deploykit.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "deploykit"
-STAGES = {"train", "prune", "quantize", "exporter", "measure", "verify", "bundle", "report"}
+TRAINING = {"distill", "prune", "sparsify", "cluster", "quantize"}
+STAGES = {"train", *TRAINING, "exporter", "measure", "verify", "bundle", "report"}
 HEAVY = (
     "torch",
     "lightning_fabric",
@@ -57,7 +58,7 @@ def test_runner_imports_what_a_bundle_needs_and_nothing_else() -> None:
 def stage_imports(stage: str, source: str) -> set[str]:
     """Return the other stages that a file of ``stage`` imports without leave."""
     found = {name.split(".")[1] for name in imported(source) if name.startswith("deploykit.")}
-    leave = {"train"} if stage in {"prune", "quantize"} else set()
+    leave = {"train"} if stage in TRAINING else set()
     return (found & STAGES) - {stage} - leave
 
 

@@ -442,7 +442,7 @@ def test_mode_says_whether_the_model_is_calibrated_or_trained(
             quantize=QuantizeSection(mode=mode), seed=0, target="cpu", budget=None
         ),
         dataset=SimpleNamespace(train=SimpleNamespace(load=np.zeros_like, __len__=lambda: 9)),
-        run=RunFolder(tmp_path),
+        home=RunFolder(tmp_path),
         training=None,
     )
     work.dataset.train = Rows(9)

@@ -14,7 +14,7 @@ from deploykit.prune.stage import loss_gradients
 from deploykit.recipe.sections import PruneSection
 from deploykit.structure import example_input, load_candidate, save_candidate
 from deploykit.targets import TARGETS
-from deploykit.train.distill import SHARE, distillation
+from deploykit.train.distill import distillation
 
 TARGET = TARGETS["cpu-x86-avx2"]
 FACTORY = """
@@ -243,12 +243,12 @@ def test_sensitivities_rise_as_a_group_narrows(deep):
 
 def test_distillation_asks_for_the_answers_of_the_teacher(candidate):
     training = tiny_training()
-    loss = distillation(candidate.module, training, training.plan)
+    loss = distillation(candidate.module, training, training.plan, section(share=0.75))
     inputs, targets = example_input(candidate, batch=5), torch.eye(3)[[0, 1, 2, 0, 1]]
     with torch.no_grad():
         known = candidate.module.eval()(inputs)
     alike, opposed = loss(known, targets, inputs), loss(-known, targets, inputs)
-    assert alike == pytest.approx(float((1 - SHARE) * cross_entropy(known, targets)), rel=1e-4)
+    assert alike == pytest.approx(float(0.25 * cross_entropy(known, targets)), rel=1e-4)
     assert opposed > alike
 
 

@@ -52,7 +52,7 @@ class World:
             )
             if limit is not None
         ]
-        return Outcome(tried.prune, math.exp(pruned), speedup, checks, WHOLE_MS)
+        return Outcome(tried.prune, math.exp(pruned), speedup, checks, unpruned_ms=WHOLE_MS)
 
     def search(self, wanted):
         outcomes = []
@@ -113,6 +113,43 @@ def test_a_budget_without_a_speed_ends_at_no_pruning():
 
 def test_what_is_too_slow_and_too_inaccurate_is_not_tried_again():
     assert len(World(gain=0.5, harm=1.0).search(recipe("speedup: 2.0"))) == 1
+
+
+def rounded(tried, sensitive, **changes):
+    """What a trial shows that loses its accuracy to integers; float layers cost speed."""
+    kept = tried.quantize.keep_float
+    drop = 0.04 / (1 + len(kept))
+    check = {"name": "max_drop", "limit": 0.015, "value": drop, "passed": drop <= 0.015, "why": ""}
+    return Outcome(tried.prune, 1.5, 3.0, [check], kept, drop, drop + 0.002, sensitive, **changes)
+
+
+def test_layers_that_integers_harm_are_left_in_float():
+    wanted = recipe("channel_ratio: 0.2", "max_drop: 0.015, min_speedup: 1.5, trials: 4")
+    first = rounded(wanted, ("head",))
+    second = next_trial(wanted, [first])
+    assert second.quantize.keep_float == ("head",)
+    assert second.prune == wanted.prune
+    third = next_trial(wanted, [first, rounded(second, ("head", "stem"))])
+    assert third.quantize.keep_float == ("head", "stem")
+    assert next_trial(wanted, [first, first, rounded(third, ())]) is None, "it holds"
+
+
+def test_float_layers_are_no_way_out_where_speed_is_missing_or_pruning_did_the_harm():
+    wanted = recipe("channel_ratio: 0.4", "max_drop: 0.015, trials: 4")
+    first = rounded(wanted, ("head",))
+    harmed_by_pruning = Outcome(**{**vars(first), "rounding_drop": 0.001})
+    assert next_trial(wanted, [harmed_by_pruning]).quantize.keep_float == ()
+    slow = {"name": "min_speedup", "limit": 9.0, "value": 3.0, "passed": False, "why": ""}
+    both = Outcome(**{**vars(first), "checks": [*first.checks, slow]})
+    assert next_trial(wanted, [both]) is None
+
+
+def test_without_pruning_only_integers_can_be_given_up():
+    wanted = recipe("channel_ratio: 0.4", "max_drop: 0.015, trials: 4")
+    wanted = wanted.model_copy(update={"prune": None})
+    assert may_try_again(wanted)
+    assert next_trial(wanted, [rounded(wanted, ("head",))]).quantize.keep_float == ("head",)
+    assert next_trial(wanted, [rounded(wanted, ())]) is None
 
 
 def test_a_bound_that_cannot_be_held_is_weakened():

@@ -63,6 +63,47 @@ def fold_normalization(
     return folded, shared, _note([layer.name for layer in layers], bias_added)
 
 
+class Renormalized(nn.Module):
+    """Takes images ``(N, C, H, W)`` that are normalized otherwise than its module expects.
+
+    Args:
+        module: what answers.
+        factor: multiplies each channel, ``(C,)``.
+        offset: is added to each channel then, ``(C,)``.
+    """
+
+    factor: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, module: nn.Module, factor: torch.Tensor, offset: torch.Tensor) -> None:
+        super().__init__()
+        self.inner = module
+        self.register_buffer("factor", factor.float().view(1, -1, 1, 1))
+        self.register_buffer("offset", offset.float().view(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Answer."""
+        answer: torch.Tensor = self.inner(x * self.factor + self.offset)
+        return answer
+
+
+def renormalized(
+    module: nn.Module, *, takes: Mapping[str, Any] | None, given: Mapping[str, Any] | None
+) -> nn.Module:
+    """Return what answers as ``module`` does where the pixels are normalized otherwise.
+
+    Args:
+        module: shared with what is returned.
+        takes: the preprocess that it was trained with; None for arrays.
+        given: the preprocess of what it will be fed with.
+    """
+    if takes is None or given is None:
+        return module
+    if all(list(takes[key]) == list(given[key]) for key in ("mean", "std")):
+        return module
+    return Renormalized(module, *_change(takes, given, takes["channels"]))
+
+
 def add_biases(module: nn.Module, names: list[str]) -> None:
     """Give each named layer that has none a bias of zeros, in place."""
     for name in names:

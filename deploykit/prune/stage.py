@@ -76,7 +76,9 @@ def prune(
     if section.how_much[0] in {"speedup", "latency_ms"} and latency is None:
         raise ValueError(f"prune.{section.how_much[0]} needs a latency to hold to its bound")
     plan = recovery_plan(training.plan, section)
-    loss = distillation(candidate.module, training, plan) if section.distill else None
+    loss = None
+    if section.distill:
+        loss = distillation(candidate.module, training, plan, section)
     course = _Course(candidate.module)
     for step in range(1, section.steps + 1):
         if section.how_much[0] == "channel_ratio":

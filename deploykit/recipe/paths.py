@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deploykit.recipe.sections import Recipe
+from deploykit.recipe.sections import ModelSection, Recipe, Section
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -13,20 +13,28 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         base: the folder of the recipe's file.
     """
     base = base.resolve()
-    data, model = recipe.data, recipe.model
+    data, train, distill = recipe.data, recipe.train, recipe.distill
     new_data = data.model_copy(
         update={
             "source": _file_function(data.source, base),
             **{key: _path(getattr(data, key), base) for key in ("train", "validation", "test")},
         }
     )
-    new_model = model.model_copy(
+    updates: dict[str, Section] = {"data": new_data, "model": _model(recipe.model, base)}
+    if train is not None and train.teacher is not None:
+        updates["train"] = train.model_copy(update={"teacher": _model(train.teacher, base)})
+    if distill is not None:
+        updates["distill"] = distill.model_copy(update={"student": _model(distill.student, base)})
+    return recipe.model_copy(update=updates)
+
+
+def _model(section: ModelSection, base: Path) -> ModelSection:
+    return section.model_copy(
         update={
-            "name": _file_function(model.name, base),
-            "weights": _path(model.weights, base),
+            "name": _file_function(section.name, base),
+            "weights": _path(section.weights, base),
         }
     )
-    return recipe.model_copy(update={"data": new_data, "model": new_model})
 
 
 def _path(value: str | float | None, base: Path) -> str | float | None:

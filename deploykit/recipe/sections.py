@@ -152,6 +152,25 @@ class ModelSection(Section):
     )
 
 
+# Hinton et al. 2015 (https://arxiv.org/abs/1503.02531): soft answers tell of the smaller
+# probabilities, and their gradients are scaled by the square of the temperature.
+Temperature = Annotated[
+    FiniteFloat,
+    Field(gt=0, description="distillation: answers are divided by it before they are compared"),
+]
+Share = Annotated[
+    FiniteFloat,
+    Field(ge=0, le=1, description="distillation: share of the loss that is not the labels'"),
+]
+
+
+class TeacherSection(ModelSection):
+    """A model whose answers are learned from beside the labels."""
+
+    temperature: Temperature = 4.0
+    share: Share = 0.9
+
+
 class OptimizerSection(Section):
     """How weights move."""
 
@@ -231,23 +250,50 @@ class TrainSection(Section):
         "best", description="weights kept: those of the best validation epoch, or the last"
     )
     average: AverageSection | None = Field(None, description="mean of the weights")
+    teacher: TeacherSection | None = Field(
+        None, description="a model that knows the classes, to learn from beside the labels"
+    )
+
+
+UnlessItPays = Annotated[
+    Literal["drop", "keep", "fail"],
+    Field(
+        description="what becomes of a stage that makes the shipped model slower at batch 1, or "
+        "neither faster nor smaller: drop it, keep it, or fail"
+    ),
+]
+
+
+class DistillSection(Section):
+    """A smaller model learns from the trained one and goes on in its place."""
+
+    student: ModelSection = Field(description="the model that goes on")
+    temperature: Temperature = 4.0
+    share: Share = 0.9
+    epochs: Annotated[int, Field(ge=0)] = Field(10, description="training of the student; epochs")
+    lr: Positive | None = Field(None, description="peak learning rate; default: train's")
+    schedule: ScheduleSection | None = Field(
+        None, description="how the rate moves; default: train's"
+    )
+    unless_it_pays: UnlessItPays = "drop"
 
 
 BOUNDS = ("speedup", "latency_ms", "macs")
 
 
 class RecoverySection(Section):
-    """What prune and quantize share: training that wins accuracy back."""
+    """What stages share that alter the weights: training that wins accuracy back."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(3, description="recovery training; epochs")
     lr: Positive | None = Field(None, description="peak learning rate; default: a tenth of train's")
     schedule: ScheduleSection = Field(ScheduleSection(), description="how the rate moves")
     distill: bool = Field(False, description="learn from the float model's answers as well")
-    unless_it_pays: Literal["drop", "keep", "fail"] = Field(
-        "drop",
-        description="what becomes of a stage that makes the shipped model slower at batch 1, or "
-        "neither faster nor smaller: drop it, keep it, or fail",
-    )
+    temperature: Temperature = 4.0
+    share: Share = 0.9
+    unless_it_pays: UnlessItPays = "drop"
+
+
+Judged = DistillSection | RecoverySection  # whose stage has to pay
 
 
 class PruneSection(RecoverySection):
@@ -302,6 +348,25 @@ class PruneSection(RecoverySection):
             if (value := getattr(self, key)) is not None:
                 return key, value
         return "channel_ratio", self.channel_ratio
+
+
+class SparsifySection(RecoverySection):
+    """Zeros among the weights: a smaller file, at the same speed."""
+
+    ratio: Fraction = Field(0.8, description="share of the weights that become zero")
+    scope: Literal["global", "uniform"] = Field(
+        "global", description="rank weights over all layers, or take the same share of each"
+    )
+    protect: Patterns = Field((), description="shell patterns of modules to leave whole")
+
+
+class ClusterSection(RecoverySection):
+    """Few values shared by the weights of a layer: a smaller file, at the same speed."""
+
+    bits: Annotated[Literal[2, 4, 8], Whole] = Field(
+        4, description="of the index of a shared value; a layer has 4, 16 or 256 values"
+    )
+    protect: Patterns = Field((), description="shell patterns of modules to leave whole")
 
 
 class QuantizeSection(RecoverySection):
@@ -384,7 +449,10 @@ class Recipe(Section):
     data: DataSection = Field(description="samples")
     model: ModelSection = Field(description="starting point")
     train: TrainSection | None = Field(None, description="training or fine-tuning")
+    distill: DistillSection | None = Field(None, description="a smaller model in its place")
     prune: PruneSection | None = Field(None, description="removal of channels")
+    sparsify: SparsifySection | None = Field(None, description="zeros, for size")
+    cluster: ClusterSection | None = Field(None, description="shared weights, for size")
     quantize: QuantizeSection | None = Field(None, description="integer arithmetic")
     verify: VerifySection = Field(VerifySection(), description="proof of the exported model")
     budget: BudgetSection | None = Field(None, description="what must hold")
@@ -403,6 +471,15 @@ class Recipe(Section):
             raise ValueError(
                 f"quantize: expected none for target {target.name}, which has no integer kernels "
                 f"and ships {target.precision}; drop it (--set quantize=null), or choose tensorrt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clusters_are_smaller_than_integers(self) -> Self:
+        if self.quantize is not None and self.cluster is not None and self.cluster.bits == 8:
+            raise ValueError(
+                "cluster.bits: expected 2 or 4 beside quantize, whose integers have 8 bits "
+                "themselves, got 8; lower it, or drop one of the sections"
             )
         return self
 

@@ -25,6 +25,7 @@ from deploykit.report.tables import (
     confusions,
     harm_bars,
     latency_bars,
+    noise_bars,
     trained_spans,
     width_bars,
 )
@@ -78,6 +79,8 @@ def render(report: Json) -> str:
         bounds=(details.get("pruning") or {}).get("bounds") or (),
         harms=harm_bars((details.get("pruning") or {}).get("sensitivity")),
         layers_ms=latency_bars(details.get("layers_ms") or ()),
+        noises=noise_bars(details.get("rounding")),
+        noise=(details.get("rounding") or {}).get("together"),
         fusion=_fusion(details.get("fusion")),
         classes=class_changes(details.get("per_class") or ()),
         confusions=confusions(details),
@@ -153,7 +156,10 @@ def _trial_rows(trials: Sequence[Json]) -> list[dict[str, Any]]:
     rows = []
     for one in trials if len(trials) > 1 else ():
         pruned = one["pruned"] or {}
-        told = ", ".join(f"prune.{key} {value:g}" for key, value in pruned.items())
+        told = ", ".join(
+            [f"prune.{key} {value:g}" for key, value in pruned.items()]
+            + [f"{name} in float" for name in one["keep_float"]]
+        )
         role = "final" if one["chosen"] else "passed" if one["passed"] else "refused"
         why = "; ".join(check["why"] for check in one["checks"] if not check["passed"])
         rows.append(

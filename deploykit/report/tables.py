@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Json = Mapping[str, Any]
+MOST_ROUNDINGS = 24
 
 MAX_CLASSES_SHOWN = 20  # more do not fit a phone; the rest is folded, or left to report.json
 
@@ -57,6 +58,26 @@ def harm_bars(sensitivity: Json | None) -> list[dict[str, Any]]:
     return [
         {"what": what, "harm": harm, "share": round(100 * harm / largest, 1)}
         for what, harm in sorted(harms, key=lambda one: one[1])
+    ]
+
+
+def noise_bars(rounding: Json | None) -> list[dict[str, Any]]:
+    """Return the roundings that add most noise to the logits, as bars of their power."""
+    if not rounding or rounding["together"] is None:
+        return []
+    found = [
+        (f"{name}, {what}", decibels)
+        for kind, what in (("weights", "weights"), ("tensors", "activations"))
+        for name, decibels in rounding[kind].items()
+    ]
+    loudest = sorted(found, key=lambda one: one[1])[:MOST_ROUNDINGS]
+    return [
+        {
+            "what": what,
+            "decibels": decibels,
+            "share": round(100 * 10 ** ((loudest[0][1] - decibels) / 10), 1),
+        }
+        for what, decibels in loudest
     ]
 
 

@@ -6,6 +6,7 @@ from deploykit.train.evaluate import SetMode, evaluate
 from deploykit.train.freeze import set_mode
 from deploykit.train.loop import Loss, OnEpoch, fit
 from deploykit.train.plan import EpochRecord, FitResult, TrainedSpan, Training, recovery_plan
+from deploykit.train.recover import recover
 
 __all__ = [
     "EpochRecord",
@@ -18,6 +19,7 @@ __all__ = [
     "distillation",
     "evaluate",
     "fit",
+    "recover",
     "recovery_plan",
     "set_mode",
     "stop_on_signals",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.errors import RecipeError
+from deploykit.held_weights import Projection
 from deploykit.models.weights import load_tensors
 from deploykit.recipe.sections import TrainSection
 from deploykit.train.average import WeightAverage
@@ -43,6 +44,7 @@ class Learner:
         fabric: see `open_fabric`.
         epoch_steps: optimizer steps of an epoch.
         layout: memory layout that inputs are handed over in, see `fastest_layout`.
+        hold: projections of parameters that must not move freely.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Learner:
         fabric: Fabric,
         epoch_steps: int,
         layout: torch.memory_format = torch.contiguous_format,
+        hold: Mapping[str, Projection] | None = None,
     ) -> None:
         self.module = module.to(fabric.device)
+        self._hold = hold or {}
         self._fabric, self._groups, self._clip = fabric, groups, plan.gradient_clip
         self._layout = layout
         # Fused kernels unscale 16-bit gradients themselves: too late to clip them.
@@ -98,12 +102,20 @@ class Learner:
             lr: learning rate, before the groups' factors.
         """
         set_rate(self._optimizer, lr)
+        # A graph lacks what its module never reads.
+        held = {name: one for name, one in self.module.named_parameters() if name in self._hold}
+        for name, parameter in held.items():
+            if parameter.grad is not None:
+                parameter.grad.copy_(self._hold[name](parameter.grad))
         if self._clip is not None:
             self._fabric.clip_gradients(
                 self._model, self._stepper, max_norm=self._clip, error_if_nonfinite=False
             )
         self._stepper.step()
         self._stepper.zero_grad()
+        with torch.no_grad():
+            for name, parameter in held.items():
+                parameter.copy_(self._hold[name](parameter))
         if self.average is not None:
             self.average.after_step(step)
 

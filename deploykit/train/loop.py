@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from deploykit.artifacts import JsonDict
 from deploykit.errors import Interrupted, ModelError, RecipeError
+from deploykit.held_weights import Projection
 from deploykit.interrupt import raise_if_stopped
 from deploykit.models.weights import load_tensors
 from deploykit.recipe.sections import TrainSection
@@ -53,6 +54,7 @@ def fit(
     set_mode: SetMode = set_mode,
     on_epoch: OnEpoch | None = None,
     loss: Loss | None = None,
+    hold: Mapping[str, Projection] | None = None,
 ) -> FitResult:
     """Train a module in place and leave the chosen weights in it, in evaluation mode.
 
@@ -70,6 +72,8 @@ def fit(
         on_epoch: called with module, epoch and number of epochs after ``set_mode``, when
             an epoch begins and also when one is resumed in its middle.
         loss: of logits, targets ``(N, classes)`` and inputs; cross-entropy by default.
+        hold: parameters that may move within a linear subspace only, with the projection onto
+            it, see `deploykit.held_weights`.
 
     Returns:
         The course of the training; of a finished stage at once, from its checkpoint.
@@ -95,7 +99,15 @@ def fit(
         steps = math.ceil(batches.count / plan.accumulate)
         groups = match_groups(module, plan.groups)
         layout = fastest_layout(module.to(fabric.device), batches.example())
-        learner = Learner(module, plan, groups, fabric=fabric, epoch_steps=steps, layout=layout)
+        learner = Learner(
+            module,
+            plan,
+            groups,
+            fabric=fabric,
+            epoch_steps=steps,
+            layout=layout,
+            hold=hold or {},
+        )
         run = _Fit(
             training,
             stage,
