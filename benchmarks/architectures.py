@@ -103,10 +103,14 @@ class Outcome:
     def line(self) -> str:
         """Return the details below the table."""
         low, high = self.interval
+        timed = (
+            "not timed yet"
+            if math.isnan(self.speedup)
+            else f"{self.fp32_ms:.2f} to {self.int8_ms:.2f} ms (95%: {low:.2f} to {high:.2f}x)"
+        )
         return (
-            f"- {self.name}: {self.fp32_ms:.2f} to {self.int8_ms:.2f} ms (95%: {low:.2f} to "
-            f"{high:.2f}x); {self.decibels:.1f} dB, {self.centred:.1f} dB without the logits' "
-            f"mean; in float: {', '.join(self.kept) or 'no layer'}"
+            f"- {self.name}: {timed}; {self.decibels:.1f} dB, {self.centred:.1f} dB without the "
+            f"logits' mean; in float: {', '.join(self.kept) or 'no layer'}"
         )
 
 

@@ -54,11 +54,11 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     proto = _to_onnx(candidate, graph)
     _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
     quantization = candidate.structure.get("quantization")
-    if quantization:
+    target = resolve_target(quantization["target"]) if quantization else None
+    if quantization and target and target.providers == (CPU,):
         keep_float = frozenset(quantization.get("keep_float", ()))
-        if resolve_target(quantization["target"]).providers == (CPU,):
-            with quiet():
-                proto = quantize_recurrent(proto, graph.graph, keep_float)
+        with quiet():
+            proto = quantize_recurrent(proto, graph.graph, keep_float, target.weight_bits)
         _keep_floats(proto.graph)
     proto = convert_floats(proto, precision_of(candidate))
     _strip(proto)

@@ -28,7 +28,7 @@ from deploykit.data import Dataset
 from deploykit.decisions import ptq_decision, stage_decision
 from deploykit.distill import distill
 from deploykit.environment import cache_folder
-from deploykit.errors import BudgetError, CompressionError, DataError
+from deploykit.errors import BudgetError, CompressionError, DataError, VerificationError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
@@ -38,6 +38,7 @@ from deploykit.precision import convert
 from deploykit.progress import Progress
 from deploykit.prune import prune
 from deploykit.publish import publish_folder
+from deploykit.quantization.deployable import leave_recurrence_in_float
 from deploykit.quantize import calibrate, calibration_rows, train_quantized
 from deploykit.recipe.sections import Judged, Recipe, TrainSection
 from deploykit.report import write_report
@@ -261,7 +262,13 @@ def _judge_quantized(course: Course, recipe: Recipe, measured: Mapping[str, Json
 def _proved(work: Work, started: float, make: Callable[[], Candidate]) -> Stage:
     candidate = make()
     work.run.save_candidate(candidate)
-    stage = prove(candidate, work.recipe, work.run, work.dataset, started=started)
+    try:
+        stage = prove(candidate, work.recipe, work.run, work.dataset, started=started)
+    except VerificationError as error:
+        if (calmer := leave_recurrence_in_float(candidate)) is None:
+            raise
+        work.say(f"{error}; LSTM layers stay in float")
+        return _proved(work, started, lambda: calmer)
     work.say(
         f"{stage.name}: validation accuracy {stage.validation.accuracy:.4f} in ONNX Runtime, "
         f"{stage.parity.agreement:.1%} agreement with torch"

@@ -1,15 +1,21 @@
+from types import SimpleNamespace
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from tiny_quantized import CLASSES, TARGET, Net, Samples, array_candidate, noise_ratio
 from torch import nn
 
-from deploykit.errors import CompressionError
+from deploykit import pipeline
+from deploykit.errors import CompressionError, VerificationError
 from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
 from deploykit.measure.session import open_model
+from deploykit.quantization.deployable import leave_recurrence_in_float
 from deploykit.quantize import calibrate
 from deploykit.recipe.sections import VerifySection
+from deploykit.targets import TARGETS
 from deploykit.verify import verify_onnx
 
 pytestmark = pytest.mark.slow
@@ -57,6 +63,15 @@ def test_a_wide_lstm_runs_in_integers_and_the_rest_too(options, tmp_path):
     assert model.path.stat().st_size < 2 * weights
 
 
+def test_weights_of_seven_bits_cannot_overflow_where_sums_have_sixteen(tmp_path):
+    integers = calibrate(recurrent(nn.LSTM, 128), VALUES, target=TARGETS["cpu-x86-avx2"])
+    proto = onnx.load(export_onnx(integers, tmp_path / "m.onnx", name="tiny").path)
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    (layer,) = (node for node in proto.graph.node if node.op_type == "DynamicQuantizeLSTM")
+    for name in layer.input[1:3]:
+        assert np.abs(onnx.numpy_helper.to_array(held[name]).astype(int)).max() == 64
+
+
 def test_a_narrow_lstm_stays_in_float_where_it_is_faster(tmp_path):
     _, report, _ = quantized(recurrent(nn.LSTM, 32), tmp_path)
     (layer,) = report.floating
@@ -84,3 +99,42 @@ def test_equal_candidates_give_equal_bytes(tmp_path):
     integers = calibrate(recurrent(nn.LSTM, 128), VALUES, target=TARGET)
     first = export_onnx(integers, tmp_path / "a.onnx", name="tiny").path.read_bytes()
     assert export_onnx(integers, tmp_path / "b.onnx", name="tiny").path.read_bytes() == first
+
+
+def test_an_lstm_that_does_not_answer_alike_in_integers_stays_in_float(monkeypatch, tmp_path):
+    integers = calibrate(recurrent(nn.LSTM, 128), VALUES, target=TARGET)
+    told, saved = [], []
+
+    def prove(candidate, *_, **__):
+        if not candidate.structure["quantization"]["keep_float"]:
+            raise VerificationError("quantize: they differ")
+        parity = SimpleNamespace(agreement=1.0)
+        return SimpleNamespace(
+            candidate=candidate,
+            name="quantize",
+            parity=parity,
+            validation=SimpleNamespace(accuracy=1.0),
+        )
+
+    monkeypatch.setattr(pipeline, "prove", prove)
+    run = SimpleNamespace(save_candidate=saved.append)
+    work = SimpleNamespace(run=run, recipe=None, dataset=None, say=told.append)
+    stage = pipeline._proved(work, 0.0, lambda: integers)
+    assert stage.candidate.structure["quantization"]["keep_float"] == ["body"]
+    assert saved[-1] is stage.candidate
+    assert "LSTM layers stay in float" in told[0]
+    assert leave_recurrence_in_float(stage.candidate) is None
+    model = export_onnx(stage.candidate, tmp_path / "m.onnx", name="tiny")
+    assert fused_operators(model, threads=1).operators["LSTM"] == 1
+
+
+def test_a_model_without_recurrence_fails_as_it_did(monkeypatch):
+    def prove(*_, **__):
+        raise VerificationError("quantize: they differ")
+
+    monkeypatch.setattr(pipeline, "prove", prove)
+    run = SimpleNamespace(save_candidate=lambda candidate: None)
+    work = SimpleNamespace(run=run, recipe=None, dataset=None)
+    integers = calibrate(recurrent(nn.GRU, 128), VALUES, target=TARGET)
+    with pytest.raises(VerificationError, match="they differ"):
+        pipeline._proved(work, 0.0, lambda: integers)

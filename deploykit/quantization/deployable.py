@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate
 from deploykit.quantization.graphs import integer_graph, trace
-from deploykit.quantization.recurrent import round_recurrent
-from deploykit.quantization.rules import Parameters
+from deploykit.quantization.recurrent import integer_recurrence, round_recurrent
+from deploykit.quantization.rules import Parameters, module_of
 from deploykit.runtime import zero_point_and_scale
 from deploykit.structure import example_input
 from deploykit.targets import CPU, Target, resolve_target
@@ -104,7 +105,9 @@ def candidate_graph(candidate: Candidate) -> GraphModule:
         return trace(candidate.module, example_input(candidate, batch=2))
     arguments = quantized_with(candidate)
     graph, (_, _, target, *_, keep_float) = integer_graph(*arguments), arguments
-    return round_recurrent(graph, keep_float) if target.providers == (CPU,) else graph
+    if target.providers != (CPU,):
+        return graph
+    return round_recurrent(graph, keep_float, target.weight_bits)
 
 
 def quantized_with(
@@ -121,6 +124,24 @@ def quantized_with(
         exact_inputs(candidate, target),
         frozenset(quantization.get("keep_float", ())),
     )
+
+
+def leave_recurrence_in_float(candidate: Candidate) -> Candidate | None:
+    """Return ``candidate`` with its LSTM layers in float, None where none is in integers.
+
+    Torch cannot foresee the integers that ONNX Runtime finds at run time: proof alone tells
+    whether a model bears them.
+    """
+    quantization = candidate.structure.get("quantization")
+    if not quantization or resolve_target(quantization["target"]).providers != (CPU,):
+        return None
+    graph = trace(candidate.module, example_input(candidate, batch=2)).graph
+    kept = frozenset(quantization.get("keep_float", ()))
+    found = {module_of(node) for node in integer_recurrence(graph, kept)}
+    if not found:
+        return None
+    quantization = {**quantization, "keep_float": sorted(kept | found)}
+    return replace(candidate, structure={**candidate.structure, "quantization": quantization})
 
 
 def deployable(candidate: Candidate, graph: nn.Module) -> nn.Module:

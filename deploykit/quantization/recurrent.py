@@ -19,30 +19,31 @@ from deploykit.quantization.rules import module_of
 
 # Narrower ones are slower in integers: 0.6x at 32, 0.8x at 64, 1.2x at 128, 2.3x at 256 units.
 MIN_UNITS = 128
-LIMIT = 127
+LIMITS = {8: 127, 7: 64}  # of weights of so many bits, as ONNX Runtime rounds them
 KERNEL = "DynamicQuantizeLSTM"
 
 
-def round_recurrent(graph: GraphModule, keep_float: frozenset[str]) -> GraphModule:
+def round_recurrent(graph: GraphModule, keep_float: frozenset[str], bits: int) -> GraphModule:
     """Round the weights of LSTM layers to what their integers will hold, in place.
 
     Args:
         graph: that ships, still in float there.
         keep_float: names of modules that stay in float.
+        bits: of a weight.
     """
-    for node in _chosen(graph.graph, keep_float):
+    for node in integer_recurrence(graph.graph, keep_float):
         for weight in _tensors(node):
             if weight.meta["val"].ndim == 2:
                 owner, _, name = str(weight.target).rpartition(".")
                 module = graph.get_submodule(owner)
                 value = getattr(module, name).detach()
-                scale = value.abs().amax(1, keepdim=True).clamp(min=2.0**-24) / LIMIT
+                scale = value.abs().amax(1, keepdim=True).clamp(min=2.0**-24) / LIMITS[bits]
                 setattr(module, name, torch.nn.Parameter(torch.round(value / scale) * scale))
     return graph
 
 
 def quantize_recurrent(
-    proto: onnx.ModelProto, graph: Graph, keep_float: frozenset[str]
+    proto: onnx.ModelProto, graph: Graph, keep_float: frozenset[str], bits: int
 ) -> onnx.ModelProto:
     """Return ``proto`` with integer weights in its LSTM layers where that is faster.
 
@@ -50,18 +51,24 @@ def quantize_recurrent(
         proto: as exported from ``graph``.
         graph: knows which modules the layers belong to.
         keep_float: names of modules that stay in float.
+        bits: of a weight.
     """
     layers = [node for node in proto.graph.node if node.op_type == "LSTM"]
     owners = list(_layers(graph))
     if len(owners) != len(layers):
         return proto
-    wanted = set(_chosen(graph, keep_float))
+    wanted = set(integer_recurrence(graph, keep_float))
     chosen = [layer.name for layer, owner in zip(layers, owners, strict=True) if owner in wanted]
-    return _quantize_dynamic(_fold_weights(proto), chosen) if chosen else proto
+    return _quantize_dynamic(_fold_weights(proto), chosen, bits) if chosen else proto
 
 
-def _chosen(graph: Graph, keep_float: frozenset[str]) -> list[Node]:
-    """Return the LSTMs that are wide enough; torch stacks the layers of one in one node."""
+def integer_recurrence(graph: Graph, keep_float: frozenset[str]) -> list[Node]:
+    """Return the LSTMs that are wide enough; torch stacks the layers of one in one node.
+
+    Args:
+        graph: knows which modules the layers belong to.
+        keep_float: names of modules that stay in float.
+    """
     return [
         node
         for node in graph.nodes
@@ -95,7 +102,7 @@ def _fold_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-def _quantize_dynamic(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+def _quantize_dynamic(proto: onnx.ModelProto, names: list[str], bits: int) -> onnx.ModelProto:
     """Let ONNX Runtime quantize layers; the others, which it would rename, stay as they are."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -108,6 +115,7 @@ def _quantize_dynamic(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelPro
             nodes_to_quantize=names,
             per_channel=True,
             weight_type=QuantType.QInt8,
+            reduce_range=bits < 8,
         )
         quantized = onnx.load(path)
     made = {node.output[0]: node for node in quantized.graph.node if node.op_type == KERNEL}
