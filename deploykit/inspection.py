@@ -54,7 +54,8 @@ def _run_lines(run: RunFolder) -> Iterator[str]:
     recipe, report = run.recipe(), run.read_json("report.json")
     yield f"run: {recipe.name}, seed {recipe.seed}, target {recipe.target}"
     yield f"model: {recipe.model.name}; data: {recipe.data.source}"
-    done = [name for name in STAGES if run.onnx(name).exists()]
+    folders = [run, *(RunFolder(path) for path in run.path.glob("trials/*"))]
+    done = [name for name in STAGES if any(one.onnx(name).exists() for one in folders)]
     if report is None:
         yield f"unfinished; stages done: {', '.join(done) or 'none'}; --resume continues it"
         return
@@ -62,6 +63,10 @@ def _run_lines(run: RunFolder) -> Iterator[str]:
     yield from result_lines(report)
     for decision in report["decisions"]:
         yield f"{decision['stage']}: {'kept' if decision['kept'] else 'refused'}: {decision['why']}"
+    trials = report["details"].get("trials", ())
+    for trial in trials if len(trials) > 1 else ():
+        chosen = "chosen" if trial["chosen"] else "not chosen"
+        yield f"trial {trial['number']}: {trial['told']}; {chosen}"
     yield f"budget: {'holds' if report['budget']['passed'] else 'does not hold'}"
 
 

@@ -79,6 +79,7 @@ class Outcome:
             "checks": [dict(check) for check in self.checks],
             "passed": self.passed,
             "failed": self.failed,
+            "told": self.told,
         }
 
     @property

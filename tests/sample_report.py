@@ -31,6 +31,7 @@ def make_trial(number, speedup, accuracy, milliseconds, *, passed):
         "checks": [drop],
         "passed": passed,
         "failed": "",
+        "told": f"a drop of {0.884 - accuracy:.2%}",
         "final": "quantize",
         "validation_accuracy": accuracy,
         "latency_ms": {"1": milliseconds, "32": 30 * milliseconds},

@@ -7,6 +7,7 @@ import pytest
 from deploykit import job
 from deploykit.api import export
 from deploykit.errors import BudgetError
+from deploykit.inspection import inspect_folder
 from deploykit.recipe import parse_recipe
 from deploykit.stages import read_measurements
 from tests.tiny_run import measure_quickly, snapshot
@@ -56,6 +57,21 @@ def test_the_run_holds_what_the_chosen_trial_made(backed_off):
     page = (backed_off.path / "report.html").read_text()
     assert 'id="trials"' in page
     assert "expected a validation drop of at most 5.00%" in page
+
+
+def test_inspect_tells_every_trial(backed_off):
+    told = inspect_folder(backed_off.path)
+    number = len(backed_off.report["details"]["trials"])
+    assert "trial 1: a drop of" in told
+    assert [line.endswith("; chosen") for line in told.splitlines() if "trial " in line] == [
+        *[False] * (number - 1),
+        True,
+    ]
+    (backed_off.path / "report.json").rename(backed_off.path / "kept.json")
+    try:
+        assert "stages done: train, prune, quantize" in inspect_folder(backed_off.path)
+    finally:
+        (backed_off.path / "kept.json").rename(backed_off.path / "report.json")
 
 
 def test_its_bundle_is_the_chosen_trials(backed_off, tmp_path):
