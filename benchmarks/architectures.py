@@ -9,7 +9,8 @@ Fresh weights alone make a chaotic function, in which noise says nothing: behind
 of no shift, a ReLU magnifies what differs between two inputs by pi / (pi - 1) (Yang et al. 2019,
 https://arxiv.org/abs/1902.08129), a hundred thousand times in 30 layers, and what rounding puts
 into the first layer drowns the signal of the last. Training undoes that. Here the shifts are
-set to 1, so that most values pass, and statistics settle on real images.
+set to 1, so that most values pass, and statistics settle on real images. A head of zeros, as
+torchvision's ViT has, gets weights of unit fan-in.
 """
 
 from __future__ import annotations
@@ -146,6 +147,9 @@ def fresh_candidate(name: str, images: np.ndarray) -> Candidate:
 
 def settle(module: nn.Module, inputs: torch.Tensor) -> None:
     """Give every BatchNorm a shift of 1 and the statistics of ``inputs``, in place."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     for norm in norms:
         nn.init.ones_(norm.bias)
