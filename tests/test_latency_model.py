@@ -87,7 +87,7 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
     resumed = LatencyCost(
         cost.candidate, TARGET, quantized=True, times=LayerTimes(1), record=cost.record
     )
-    for name in ("measure_latency", "profile_nodes"):  # would fail if they were called
+    for name in ("measure_latency", "latency_parts"):  # would fail if they were called
         monkeypatch.setattr(latency_model, name, None)
     monkeypatch.setattr("deploykit.measure.layer_times._measure", None)
     assert (resumed.predict(widths), resumed.measure(narrow), resumed.measure(narrow, ["c1"])) == (
