@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,3 +140,17 @@ def test_a_model_without_recurrence_fails_as_it_did(monkeypatch):
     integers = calibrate(recurrent(nn.GRU, 128), VALUES, target=TARGET)
     with pytest.raises(VerificationError, match="they differ"):
         pipeline._proved(work, 0.0, lambda: integers)
+
+
+@pytest.mark.parametrize(
+    ("imported", "code"),
+    [
+        ("import onnxruntime.quantization", 1),  # it is as bad as this
+        ("from deploykit.quantization.recurrent import ort_quantization as q; q()", 0),
+    ],
+)
+def test_a_path_that_was_put_back_meanwhile_does_no_harm(imported, code):
+    """As behind a user's module that imported onnxruntime.transformers and tidied up after it."""
+    before = "import sys; path = [*sys.path]; import onnxruntime.transformers; sys.path[:] = path"
+    script = f"{before}; {imported}; assert sys.path[: len(path)] == path"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == code

@@ -6,6 +6,8 @@ one: a GRU stays in float.
 
 from __future__ import annotations
 
+import importlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,19 +104,34 @@ def _fold_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
+def ort_quantization() -> Any:
+    """Import ONNX Runtime's quantization.
+
+    Its modules import one another by bare names, from a folder that they put on the path the
+    first time; whoever put the path back since would break them.
+    """
+    import onnxruntime
+
+    bare = str(Path(onnxruntime.__file__).parent / "transformers")
+    sys.path.append(bare)
+    try:
+        return importlib.import_module("onnxruntime.quantization")
+    finally:
+        sys.path.remove(bare)
+
+
 def _quantize_dynamic(proto: onnx.ModelProto, names: list[str], bits: int) -> onnx.ModelProto:
     """Let ONNX Runtime quantize layers; the others, which it would rename, stay as they are."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    quantization = ort_quantization()
     with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
         path = Path(folder) / "dynamic.onnx"
-        quantize_dynamic(
+        quantization.quantize_dynamic(
             proto,
             path,
             op_types_to_quantize=["LSTM"],
             nodes_to_quantize=names,
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
             reduce_range=bits < 8,
         )
         quantized = onnx.load(path)
