@@ -81,7 +81,7 @@ $(VENV)/.browser: $(STAMP)
 		--constraint constraints.txt --editable '.[dev,browser]'
 	@touch $@
 
-bench-resnet20 bench-resnet56: $(RIVALS)/.installed
+bench-resnet20: $(RIVALS)/.installed
 
 # What others quantize with; their versions are part of the figures.
 $(RIVALS)/.installed: Makefile

@@ -184,10 +184,12 @@ def _attempt(work: Work, base: Course, replay: Sequence[Mapping[str, JsonDict]] 
             work.say(f"trial {number}: {described(recipe)}")
         try:
             course = _make_stages(one, base)
-        except CompressionError as error:
+        except (CompressionError, VerificationError) as error:
             if number == 1:  # the recipe itself asks for what cannot be
                 raise
-            return Trial(folder, base, {}, Outcome(recipe.prune, failed=str(error)))
+            kept = () if recipe.quantize is None else recipe.quantize.keep_float
+            outcome = Outcome(recipe.prune, keep_float=kept, failed=str(error))
+            return Trial(folder, base, {}, outcome)
         raise_if_stopped("measuring")
         work.say("measuring latency")
         known = None if replay is None else replay[number - 1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploykit.artifacts import JsonDict
 from deploykit.recipe.sections import PruneSection, Recipe
@@ -155,12 +155,17 @@ def _prune_otherwise(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | No
     last, budget = outcomes[-1], recipe.budget
     if recipe.prune is None or budget is None:
         return None
-    comparable = [one for one in outcomes if one.keep_float == last.keep_float]
+    # The whole model is the same in all trials, those that brought no model included.
+    unpruned_ms = next((one.unpruned_ms for one in outcomes if one.unpruned_ms), None)
+    comparable = [
+        replace(one, unpruned_ms=unpruned_ms)
+        for one in outcomes
+        if one.keep_float == last.keep_float
+    ]
     left = budget.trials - len(outcomes)
     strength = _next_strength(budget.min_speedup, left, comparable)
     if strength is None or any(_alike(strength, one.strength) for one in comparable):
         return None
-    unpruned_ms = next((one.unpruned_ms for one in outcomes if one.unpruned_ms), None)
     return _as(recipe, _section(recipe.prune, strength, unpruned_ms), last.keep_float)
 
 

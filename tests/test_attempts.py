@@ -4,13 +4,16 @@ import json
 
 import pytest
 
-from deploykit import job
+from deploykit import job, pipeline
 from deploykit.api import export
-from deploykit.errors import BudgetError
+from deploykit.course import Course
+from deploykit.errors import BudgetError, CompressionError, VerificationError
 from deploykit.inspection import inspect_folder
 from deploykit.recipe import parse_recipe
+from deploykit.run_folder import RunFolder
 from deploykit.stages import read_measurements
 from tests.tiny_run import measure_quickly, snapshot
+from tests.tiny_training import tiny_training
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +106,23 @@ def test_recorded_latencies_replay_every_trial(backed_off, tmp_path, monkeypatch
     run = job.run_recipe(parse_recipe(RECIPE), tmp_path / "run", replay=replay)
     for key in ("validation_accuracy", "latency_ms"):
         assert run.report["final"][key] == backed_off.report["final"][key]
+
+
+@pytest.mark.parametrize("fault", [CompressionError, VerificationError])
+def test_only_the_first_trial_may_fail_the_run(tmp_path, monkeypatch, fault):
+    """What a later one cannot make is one way less to hold the budget."""
+
+    def make(_work, _base):
+        raise fault("no such model")
+
+    monkeypatch.setattr(pipeline, "_make_stages", make)
+    recipe, run, training = parse_recipe(RECIPE), RunFolder(tmp_path), tiny_training()
+    work = pipeline.Work(recipe, run, run, training.dataset, training)
+    attempt = pipeline._attempt(work, Course([]), None)
+    outcome = attempt(recipe, run, 2).outcome
+    assert (outcome.passed, outcome.failed) == (False, "no such model")
+    with pytest.raises(fault, match="no such model"):
+        attempt(recipe, run, 1)
 
 
 def test_a_budget_that_no_trial_holds_fails_with_the_best_trade_offs(tmp_path, monkeypatch):
