@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from recipe_run import finished_run, read_options
 from table import Figure, publish
 
 from deploykit.artifacts import JsonDict
@@ -22,8 +22,6 @@ from deploykit.run_folder import RunFolder
 from deploykit.statistics import paired_drop
 from deploykit.structure import example_input, load_candidate
 
-ROOT = Path(__file__).parents[1]
-DEPLOYKIT = str(Path(sys.executable).with_name("deploykit"))
 RIVALS = Path(sys.executable).parents[1].with_name(f"{Path(sys.executable).parents[1].name}-rivals")
 ROUNDS = 40
 FASTER = 1.4  # than every rival at batch 1
@@ -46,16 +44,10 @@ class Promise:
 
 def hold(name: str, promise: Promise) -> int:
     """Run the recipe, or read a run of it, set it beside its rivals, and hold it to the promise."""
-    parser = argparse.ArgumentParser(description=f"{promise.recipe} against other ways to integers")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run of the recipe")
-    parser.add_argument("--trial", action="store_true", help="few samples; keeps no table")
-    options = parser.parse_args()
+    options = read_options(f"{promise.recipe} against other ways to integers")
     with tempfile.TemporaryDirectory(prefix="deploykit-") as scratch:
         folder = Path(scratch)
-        path = options.run or folder / "run"
-        if options.run is None:
-            command = [DEPLOYKIT, "compress", promise.recipe, "--out", path]
-            subprocess.run(command, cwd=ROOT, check=True)
+        path = finished_run(promise.recipe, options, folder)
         run, report = RunFolder(path), json.loads((path / "report.json").read_text())
         labels = hand_over(run, report, folder, 200 if options.trial else None)
         python, script = RIVALS / "bin/python", Path(__file__).with_name("rivals.py")

@@ -6,13 +6,12 @@ reads a finished run in its place.
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from recipe_run import finished_run, read_options
 from table import Figure, publish
 
 from deploykit.artifacts import JsonDict, OnnxModel, Signature
@@ -21,9 +20,6 @@ from deploykit.job import read_data
 from deploykit.measure import evaluate_onnx, measure_normalization
 from deploykit.run_folder import RunFolder
 from deploykit.start import initial_candidate
-
-ROOT = Path(__file__).parents[1]
-DEPLOYKIT = str(Path(sys.executable).with_name("deploykit"))
 
 
 def published_accuracy(run: RunFolder, folder: Path, limit: int | None) -> float:
@@ -46,16 +42,10 @@ def shipped_model(run: RunFolder, report: JsonDict) -> OnnxModel:
 
 def main() -> int:
     """Run the recipe, or read a run of it, and hold it to what it promises."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run of the recipe")
-    parser.add_argument("--trial", action="store_true", help="few samples; keeps no table")
-    options = parser.parse_args()
+    options = read_options(__doc__.splitlines()[0])
     with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
         folder = Path(name)
-        path = options.run or folder / "run"
-        if options.run is None:
-            recipe = "recipes/cifar10_resnet20.yaml"
-            subprocess.run([DEPLOYKIT, "compress", recipe, "--out", path], cwd=ROOT, check=True)
+        path = finished_run("recipes/cifar10_resnet20.yaml", options, folder)
         run = RunFolder(path)
         report = json.loads((path / "report.json").read_text())
         published = published_accuracy(run, folder, 500 if options.trial else None)

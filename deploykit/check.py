@@ -15,6 +15,7 @@ from deploykit.job import check_speed_can_be_judged, read_data
 from deploykit.recipe.sections import Recipe
 from deploykit.start import initial_candidate, student_candidate
 from deploykit.targets import resolve_target
+from deploykit.trials import may_try_again
 
 TIMED_STEPS = 3
 TEACHING_COST = 1 / 3  # of a step of the teacher: it only answers
@@ -75,6 +76,10 @@ def _plan(recipe: Recipe) -> list[str]:
     if recipe.quantize is not None:
         epochs = "" if recipe.quantize.mode == "ptq" else f", {recipe.quantize.epochs} epochs"
         lines.append(f"quantize: {recipe.quantize.mode}{epochs}")
+    if recipe.budget is not None and may_try_again(recipe):
+        lines.append(
+            f"budget: up to {recipe.budget.trials} trials until it holds; the time below is of one"
+        )
     return lines
 
 

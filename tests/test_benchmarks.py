@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+HELPERS = {"table", "example", "recipe_run", "against_rivals", "rivals", "vision_operators"}
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def load(monkeypatch):
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_benchmark_can_be_imported_and_is_described(path, load):
     load(path.stem)
-    if path.stem not in {"table", "example", "vision_operators", "against_rivals", "rivals"}:
+    if path.stem not in HELPERS:
         assert f"make bench-{path.stem}`" in (BENCHMARKS / "README.md").read_text()
 
 

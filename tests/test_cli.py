@@ -155,7 +155,11 @@ def test_check_says_what_a_run_does_and_how_long_it_takes_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(CALIBRATED + "train: {epochs: 3}\nprune: {channel_ratio: 0.25}\n")
+    recipe.write_text(
+        CALIBRATED
+        + "train: {epochs: 3}\nprune: {channel_ratio: 0.25}\n"
+        + "budget: {max_drop: 0.1}\n"
+    )
     before = snapshot(tmp_path)
     done = deploykit("compress", recipe, "--out", tmp_path / "run", "--check")
     assert (done.code, done.err) == (0, "")
@@ -167,6 +171,7 @@ def test_check_says_what_a_run_does_and_how_long_it_takes_and_writes_nothing(
         "train: 3 epochs",
         "prune: 25% of the channels in 1 step(s), 3 epochs of recovery each",
         "quantize: ptq",
+        "budget: up to 3 trials until it holds; the time below is of one",
         "the recipe is sound; nothing was written",
     ):
         assert words in done.out
