@@ -81,7 +81,14 @@ $(VENV)/.browser: $(STAMP)
 		--constraint constraints.txt --editable '.[dev,browser]'
 	@touch $@
 
-bench-resnet20: $(RIVALS)/.installed
+bench-resnet20 bench-resnet56: $(RIVALS)/.installed
+
+bench-pruning: $(VENV)/.torch-pruning
+
+# It needs nothing that is not there already.
+$(VENV)/.torch-pruning: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torch-pruning==1.6.1
+	@touch $@
 
 # What others quantize with; their versions are part of the figures.
 $(RIVALS)/.installed: Makefile

@@ -3,7 +3,8 @@
 Images of 224 x 224, batch 1, one thread, ONNX Runtime on the CPU. Weights are fresh, so that
 speed is what is measured; that it is not bought by destroying the model is shown by the
 signal-to-quantization-noise ratio of the logits on images that calibration has not seen. Where
-it falls short, layers stay in float, the most sensitive first, until it holds.
+it falls short, layers stay in float, the most sensitive first, until it holds; so do those that
+are not faster in integers.
 
 Fresh weights alone make a chaotic function, in which noise says nothing: behind each BatchNorm
 of no shift, a ReLU magnifies what differs between two inputs by pi / (pi - 1) (Yang et al. 2019,
@@ -11,6 +12,10 @@ https://arxiv.org/abs/1902.08129), a hundred thousand times in 30 layers, and wh
 into the first layer drowns the signal of the last. Training undoes that. Here the shifts are
 set to 1, so that most values pass, and statistics settle on real images. A head of zeros, as
 torchvision's ViT has, gets weights of unit fan-in.
+
+Where there are operators that integers run slowly, the same is measured once more after they gave
+way (`surgery` in recipes): speed against the untouched fp32 model, noise against the operated one
+in floats. What accuracy that costs, fresh weights cannot tell.
 """
 
 from __future__ import annotations
@@ -35,12 +40,15 @@ from vision_operators import define_operators
 
 from deploykit.artifacts import Candidate, OnnxModel, Signature, TensorSpec
 from deploykit.data.pixels import normalize
+from deploykit.errors import CompressionError
 from deploykit.exporter import OPSET, export_onnx
-from deploykit.measure import measure_latency
+from deploykit.measure import Latency, measure_latency
+from deploykit.mixed_precision import fastest_mixture
 from deploykit.models import build_model, fold_normalization
 from deploykit.quantize import calibrate
-from deploykit.recipe.sections import ModelSection
+from deploykit.recipe.sections import ModelSection, SurgerySection
 from deploykit.runtime import decode_image, open_session, run_model
+from deploykit.surgery import replaced
 from deploykit.targets import resolve_target
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +71,7 @@ ARCHITECTURES = (
 )
 ARGUMENTS = {"googlenet": {"init_weights": True, "aux_logits": False}}
 AT_LEAST = {"mobilenet_v3_small": 1.5, "mobilenet_v3_large": 1.5, "efficientnet_b0": 1.5}
+OPERATED = "-after-surgery"
 PREPROCESS = {
     "height": SIDE,
     "width": SIDE,
@@ -90,6 +99,7 @@ class Outcome:
         int8_ms: median of the int8 model, in ms.
         speedup: ratio of the two in the same rounds.
         interval: its 95% interval.
+        operated: the same after surgery; None where that has nothing to replace.
     """
 
     name: str
@@ -100,10 +110,12 @@ class Outcome:
     int8_ms: float = math.nan
     speedup: float = math.nan
     interval: tuple[float, float] = (math.nan, math.nan)
+    operated: Outcome | None = None
 
     def line(self) -> str:
         """Return the details below the table."""
         low, high = self.interval
+        after = "" if self.operated is None else f"\n{self.operated.line()}"
         timed = (
             "not timed yet"
             if math.isnan(self.speedup)
@@ -111,7 +123,7 @@ class Outcome:
         )
         return (
             f"- {self.name}: {timed}; {self.decibels:.1f} dB, {self.centred:.1f} dB without the "
-            f"logits' mean; in float: {', '.join(self.kept) or 'no layer'}"
+            f"logits' mean; in float: {', '.join(self.kept) or 'no layer'}{after}"
         )
 
 
@@ -175,13 +187,29 @@ def ratio_db(signal: np.ndarray, noise: np.ndarray) -> float:
 
 
 def make_models(name: str, seen: np.ndarray, unseen: np.ndarray, folder: Path) -> Outcome:
-    """Write the model in float and in integers that are quiet enough on unseen images."""
+    """Write the model in float and in integers, and after surgery where there is any to do."""
     candidate = fresh_candidate(name, seen)
+    outcome = quiet_model(candidate, name, seen, unseen, folder)
+    batches = normalize(torch.from_numpy(seen), candidate.signature.preprocess).split(BATCH)
+    try:
+        operated, _ = replaced(candidate, SurgerySection(), batches)
+    except CompressionError:
+        return outcome
+    settle(operated.module, torch.cat(batches))
+    after = quiet_model(operated, f"{name}{OPERATED}", seen, unseen, folder)
+    return replace(outcome, operated=after)
+
+
+def quiet_model(
+    candidate: Candidate, name: str, seen: np.ndarray, unseen: np.ndarray, folder: Path
+) -> Outcome:
+    """Write a candidate in float and in integers that are quiet enough on unseen images."""
     paths = model_paths(name, folder)
     fp32 = export_onnx(candidate, paths["fp32"], name=name)
     expected, target, wanted = answers(fp32, unseen), resolve_target("cpu"), WANTED_DB
+    faster = fastest_mixture(candidate, target=target, threads=1).keep_float
     for _ in range(ROUNDS):
-        quantized = calibrate(candidate, seen, target=target, min_sqnr=wanted)
+        quantized = calibrate(candidate, seen, target=target, keep_float=faster, min_sqnr=wanted)
         noise = expected - answers(export_onnx(quantized, paths["int8"], name=name), unseen)
         found = ratio_db(expected, noise)
         if found >= WANTED_DB:
@@ -195,21 +223,30 @@ def time_models(outcome: Outcome, folder: Path, seconds: float) -> Outcome:
     """Measure both models, in interleaved rounds."""
     images = TensorSpec("image", "uint8", (-1, SIDE, SIDE, 3))
     signature = Signature((images,), (TensorSpec("logits", "float32", (-1, CLASSES)),), ())
-    measured = measure_latency(
-        {
-            kind: OnnxModel(path, signature, OPSET)
-            for kind, path in model_paths(outcome.name, folder).items()
-        },
+    paths = model_paths(outcome.name, folder)
+    if outcome.operated is not None:
+        paths["operated"] = model_paths(outcome.operated.name, folder)["int8"]
+    found = measure_latency(
+        {kind: OnnxModel(path, signature, OPSET) for kind, path in paths.items()},
         threads=1,
         baseline="fp32",
         batch_sizes=(1,),
         precision=0.01,
         seconds_per_model=seconds,
     )
-    int8 = measured["int8"]["1"]
+    measured = {kind: latency["1"] for kind, latency in found.items()}
+    timed = timed_outcome(outcome, measured["fp32"], measured["int8"])
+    if outcome.operated is None:
+        return timed
+    after = timed_outcome(outcome.operated, measured["fp32"], measured["operated"])
+    return replace(timed, operated=after)
+
+
+def timed_outcome(outcome: Outcome, fp32: Latency, int8: Latency) -> Outcome:
+    """Return the outcome with its times."""
     return replace(
         outcome,
-        fp32_ms=measured["fp32"]["1"].median_ms,
+        fp32_ms=fp32.median_ms,
         int8_ms=int8.median_ms,
         speedup=int8.ratio,
         interval=int8.interval,
@@ -224,9 +261,11 @@ def model_paths(name: str, folder: Path) -> dict[str, Path]:
 def read_outcome(name: str, folder: Path) -> Outcome | None:
     """Return what is known of an architecture."""
     try:
-        return Outcome(**json.loads((folder / f"{name}.json").read_text()))
+        known = json.loads((folder / f"{name}.json").read_text())
     except FileNotFoundError:
         return None
+    operated = known.pop("operated", None)
+    return Outcome(**known, operated=None if operated is None else Outcome(**operated))
 
 
 def write_outcome(outcome: Outcome, folder: Path) -> None:
@@ -243,6 +282,11 @@ def figures_of(outcomes: Sequence[Outcome]) -> list[Figure]:
             Figure(f"{one.name}: speed", one.speedup, "{:.2f}x", at_least=bound),
             Figure(f"{one.name}: signal to noise", one.decibels, "{:.1f} dB", at_least=WANTED_DB),
         ]
+        if (after := one.operated) is not None:
+            noise = Figure(
+                f"{after.name}: signal to noise", after.decibels, "{:.1f} dB", at_least=WANTED_DB
+            )
+            figures += [Figure(f"{after.name}: speed", after.speedup, "{:.2f}x"), noise]
     mean = math.exp(sum(math.log(one.speedup) for one in outcomes) / len(outcomes))
     return [*figures, Figure("speed, geometric mean", mean, "{:.2f}x", at_least=1.8)]
 

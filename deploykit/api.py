@@ -42,6 +42,7 @@ def compress(
     normalize: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
     distill: Mapping[str, Any] | None = None,
+    surgery: Mapping[str, Any] | None = None,
     prune: Mapping[str, Any] | None = None,
     sparsify: Mapping[str, Any] | None = None,
     cluster: Mapping[str, Any] | None = None,
@@ -72,6 +73,7 @@ def compress(
         normalize: ``mean`` and ``std`` on the 0 to 1 scale, for images given as arrays.
         train: as the recipe's section of that name; None skips the stage.
         distill: likewise.
+        surgery: likewise.
         prune: likewise.
         sparsify: likewise.
         cluster: likewise.
@@ -105,6 +107,7 @@ def compress(
         {
             "train": train,
             "distill": distill,
+            "surgery": surgery,
             "prune": prune,
             "sparsify": sparsify,
             "cluster": cluster,

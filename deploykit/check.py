@@ -61,6 +61,9 @@ def _plan(recipe: Recipe) -> list[str]:
     if recipe.distill is not None:
         student = recipe.distill.student.name
         lines.append(f"distill: {student} takes its place, {recipe.distill.epochs} epochs")
+    if recipe.surgery is not None:
+        operated = recipe.surgery
+        lines.append(f"surgery: slow operators replaced, {operated.epochs} epochs")
     if recipe.prune is not None:
         prune = recipe.prune
         lines.append(
@@ -107,11 +110,11 @@ def _estimate(recipe: Recipe, candidate: Candidate, dataset: Dataset) -> float:
     epochs = 0.0
     if recipe.prune is not None:
         epochs += recipe.prune.steps * recipe.prune.epochs
-    epochs += sum(one.epochs for one in (recipe.sparsify, recipe.cluster) if one is not None)
+    others = (recipe.surgery, recipe.sparsify, recipe.cluster)
+    epochs += sum(one.epochs for one in others if one is not None)
     if recipe.quantize is not None and recipe.quantize.mode != "ptq":
         epochs += QAT_COST * recipe.quantize.epochs
-    named = ("distill", "prune", "sparsify", "cluster", "quantize")
-    stages = 1 + sum(getattr(recipe, name) is not None for name in named)
+    stages = 1 + len(recipe.compressors)
     return seconds + epochs * epoch + stages * PROOF_SECONDS
 
 

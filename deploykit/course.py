@@ -62,13 +62,22 @@ class Course:
             BudgetError: it does not pay, and the recipe demands that it does.
         """
         self.speedups[stage.name] = speedup
-        if section.unless_it_pays == "keep" or pays(speedup, self.origin[stage.name], stage):
+        if not pays(speedup, self.origin[stage.name], stage):
+            self.refuse(stage, section, f"{speedup:.2f}x the speed at batch 1 as it ships")
+
+    def refuse(self, stage: Stage, section: Judged, why: str) -> None:
+        """Drop the last stage for what it brought, or do what its section says.
+
+        Raises:
+            BudgetError: the recipe demands that it pays.
+        """
+        if section.unless_it_pays == "keep":
             return
-        why = f"does not pay: {speedup:.2f}x the speed at batch 1 as it ships"
         if section.unless_it_pays == "fail":
             raise BudgetError(
-                f"{stage.name}: expected a stage that pays, got {speedup:.2f}x the speed at batch "
-                f"1; remove the section, or set {stage.name}.unless_it_pays to drop or keep"
+                f"{stage.name}: expected a stage that pays, got {why}; remove the section, or set "
+                f"{stage.name}.unless_it_pays to drop or keep"
             )
         self.refused.add(stage.name)
-        self.reasons[stage.name] = "; ".join(filter(None, [why, self.reasons.get(stage.name)]))
+        reasons = [f"does not pay: {why}", self.reasons.get(stage.name)]
+        self.reasons[stage.name] = "; ".join(filter(None, reasons))

@@ -162,8 +162,10 @@ def _keep_floats(graph: onnx.GraphProto) -> None:
     """Keep ONNX Runtime from rounding weights that were left in float.
 
     A float layer between pairs gets weights of eight bits from it, with one scale for the whole
-    tensor; not where the pair before it has a scale for each channel, here the same for all.
+    tensor; not where the pair before it has a scale for each channel, here the same for all (for
+    each row, where there is but one channel: a single scale is one for the whole tensor).
     """
+    shapes = {one.name: one.type.tensor_type.shape.dim for one in graph.value_info}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     dequantized = {
         node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"
@@ -174,15 +176,17 @@ def _keep_floats(graph: onnx.GraphProto) -> None:
             pair = dequantized.get(node.input[0])
         if weight is None or pair is None or any(constants[one].dims for one in pair.input[1:]):
             continue
-        channels = _input_channels(node, weight)
-        spread = [_repeated(constants[one], channels, node.name) for one in pair.input[1:]]
+        sizes = [0, _input_channels(node, weight)]
+        sizes += [dim.dim_value for dim in shapes.get(node.input[0], ())][2:]
+        axis = next((axis for axis, size in enumerate(sizes) if size > 1), 1)
+        spread = [_repeated(constants[one], sizes[axis], node.name) for one in pair.input[1:]]
         graph.initializer.extend(one for one in spread if one.name not in constants)
         again = onnx.helper.make_node(
             "DequantizeLinear",
             [pair.input[0], *(one.name for one in spread)],
             [f"{node.name}_input"],
             f"{node.name}_dequantize",
-            axis=1,
+            axis=axis,
         )
         node.input[0] = again.output[0]
         graph.node.insert(place, again)

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from deploykit.artifacts import Candidate
 from deploykit.errors import CompressionError
+from deploykit.models.patterns import match_modules
 
 Projection = Callable[[Tensor], Tensor]
 
@@ -45,14 +46,7 @@ def check_protected(module: nn.Module, protect: Sequence[str], key: str) -> None
     Raises:
         CompressionError: naming the pattern; ``key`` is the recipe's.
     """
-    names = [name for name, _ in module.named_modules() if name]
-    for pattern in protect:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise CompressionError(
-                f"{key}.protect: {pattern!r} fits no module; the model has {', '.join(names[:5])}"
-                f"{' and more' if len(names) > 5 else ''}",
-                layer=pattern,
-            )
+    match_modules(module, protect, f"{key}.protect")
     if not layer_weights(module, protect):
         raise CompressionError(
             f"{key}: expected convolutions or linear layers to alter, got none; remove the section"

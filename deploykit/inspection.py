@@ -8,9 +8,10 @@ from typing import Any
 
 from deploykit.artifacts import JsonDict
 from deploykit.errors import BundleError
+from deploykit.recipe.sections import COMPRESSORS
 from deploykit.run_folder import RunFolder
 
-STAGES = ("train", "distill", "prune", "sparsify", "cluster", "quantize", "convert")
+STAGES = ("train", *COMPRESSORS, "convert")
 
 
 def inspect_folder(folder: Path) -> str:

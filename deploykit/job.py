@@ -139,8 +139,7 @@ def check_speed_can_be_judged(recipe: Recipe, *, replayed: bool) -> None:
 
 def _check_replay(recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | None) -> None:
     """Refuse measurements that lack a stage before any work is done."""
-    named = ("distill", "prune", "sparsify", "cluster", "quantize")
-    stages = ["train", *(name for name in named if getattr(recipe, name) is not None)]
+    stages = ["train", *recipe.compressors]
     if recipe.precision_on(resolve_target(recipe.target)) not in {"int8", "fp32"}:
         stages.append("convert")
     first = {} if not replay else replay[0]

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from deploykit.artifacts import Candidate, OnnxModel
@@ -27,13 +26,12 @@ from deploykit.layer_shapes import LayerShape, is_inside, layer_shapes
 from deploykit.measure import Latency, measure_latency
 from deploykit.measure.layer_times import LayerTimes
 from deploykit.publish import write_json
-from deploykit.quantize import calibrate
+from deploykit.quantize import calibrate, random_samples
 from deploykit.structure import example_input
-from deploykit.targets import CPU, Target, why_not_here
+from deploykit.targets import Target, can_be_profiled
 from deploykit.widths import Widths, output_width, read_widths
 
 SECONDS = 2.0  # to time a model
-SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class LatencyCost:
     @property
     def is_here(self) -> bool:
         """Whether this machine is the target, and one whose nodes can be timed."""
-        return self.target.providers == (CPU,) and why_not_here(self.target) is None
+        return can_be_profiled(self.target)
 
     def predict(self, widths: Widths, removed: Collection[str] = ()) -> float:
         """Return the predicted latency at batch 1; milliseconds."""
@@ -213,7 +211,7 @@ class LatencyCost:
 
     def _ship(self, candidate: Candidate, path: Path) -> OnnxModel:
         if self.quantized:
-            candidate = calibrate(candidate, _random_samples(candidate), target=self.target)
+            candidate = calibrate(candidate, random_samples(candidate), target=self.target)
         return export_onnx(candidate, path, name="model")
 
     def _keep(self) -> None:
@@ -261,11 +259,3 @@ def _batch_one(models: Mapping[str, OnnxModel], threads: int) -> dict[str, Laten
         seconds_per_model=SECONDS,
     )
     return {name: latency["1"] for name, latency in measured.items()}
-
-
-def _random_samples(candidate: Candidate) -> np.ndarray:
-    generator, spec = np.random.default_rng(0), candidate.signature.inputs[0]
-    shape = (SAMPLES, *spec.shape[1:])
-    if spec.dtype == "uint8":
-        return generator.integers(0, 256, shape, dtype=np.uint8)
-    return generator.standard_normal(shape).astype(spec.dtype)

@@ -25,7 +25,7 @@ from deploykit.bundle_files import Golden, golden_files
 from deploykit.cluster import cluster
 from deploykit.course import Course
 from deploykit.data import Dataset
-from deploykit.decisions import ptq_decision, stage_decision
+from deploykit.decisions import ptq_decision, stage_decision, validation_drop
 from deploykit.distill import distill
 from deploykit.environment import cache_folder
 from deploykit.errors import BudgetError, CompressionError, DataError, VerificationError
@@ -33,6 +33,7 @@ from deploykit.interrupt import raise_if_stopped
 from deploykit.latency_model import LatencyCost
 from deploykit.measure import Latency
 from deploykit.measure.layer_times import LayerTimes
+from deploykit.mixed_precision import Mixture, fastest_mixture
 from deploykit.models.normalization import renormalized
 from deploykit.precision import convert
 from deploykit.progress import Progress
@@ -40,7 +41,7 @@ from deploykit.prune import prune
 from deploykit.publish import publish_folder
 from deploykit.quantization.deployable import leave_recurrence_in_float
 from deploykit.quantize import calibrate, calibration_rows, train_quantized
-from deploykit.recipe.sections import Judged, Recipe, TrainSection
+from deploykit.recipe.sections import Judged, Recipe, SurgerySection, TrainSection
 from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
@@ -49,7 +50,8 @@ from deploykit.sensitivity import Sensitivity, layers_to_keep_float, quantizatio
 from deploykit.sparsify import sparsify
 from deploykit.stages import Stage, is_quantized, measure_stages, prove
 from deploykit.start import student_candidate, teacher_candidate
-from deploykit.targets import resolve_target
+from deploykit.surgery import operate
+from deploykit.targets import can_be_profiled, resolve_target
 from deploykit.train import Training, distillation, fit
 from deploykit.trials import Outcome, best_trial, described, may_try_again
 
@@ -137,6 +139,8 @@ def run_stages(
     if recipe.distill is not None:
         _distill(work, base)
         work = work.fed_as(base.final.candidate)
+    if recipe.surgery is not None:
+        _operate(work, base, recipe.surgery)
     most = None if replay is None else len(replay)
     trials = try_until_it_holds(recipe, run, _attempt(work, base, replay), most)
     best = best_trial([trial.outcome for trial in trials])
@@ -309,6 +313,16 @@ def _distill(work: Work, course: Course) -> None:
     )
 
 
+def _operate(work: Work, course: Course, section: SurgerySection) -> None:
+    """Replace what integers run slowly, if that pays and is within what accuracy may be lost."""
+    _compress(work, course, section, lambda before: operate(before, work.training, section))
+    stage, budget = course.stages[-1], work.recipe.budget
+    allowed = None if budget is None else budget.max_drop
+    drop, _ = validation_drop(course.origin[stage.name], stage)
+    if allowed is not None and drop > allowed and stage.name not in course.refused:
+        course.refuse(stage, section, f"a drop of {drop:.2%}, {allowed:.2%} allowed")
+
+
 def _compress(
     work: Work, course: Course, section: Judged, make: Callable[[Candidate], Candidate]
 ) -> None:
@@ -356,6 +370,8 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
     rows = calibration_rows(len(work.dataset.train), section, recipe.seed)
     samples = work.home.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
+    mixture = _mixture(work, before.candidate)
+    keep_float = (*section.keep_float, *mixture.keep_float)
     if section.mode != "qat":
         stage = _proved(
             work,
@@ -364,15 +380,15 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
                 before.candidate,
                 samples,
                 target=target,
-                keep_float=section.keep_float,
+                keep_float=keep_float,
                 min_sqnr=section.min_sqnr,
             ),
         )
         if section.mode == "ptq":
-            return stage, why
+            return stage, why + mixture.told
         decision = ptq_decision(baseline, stage, recipe.budget, DEFAULT_MAX_DROP)
         if decision.kept:
-            return stage, decision.why
+            return stage, decision.why + mixture.told
         why = decision.why
     stage = _proved(
         work,
@@ -383,10 +399,25 @@ def _quantize(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, str]:
             section,
             target=target,
             teacher=_as_fed(baseline.candidate, before.candidate) if section.distill else None,
-            keep_float=section.keep_float,
+            keep_float=keep_float,
         ),
     )
-    return stage, f"qat: {why}"
+    return stage, f"qat: {why}{mixture.told}"
+
+
+def _mixture(work: Work, candidate: Candidate) -> Mixture:
+    """Find the layers that integers make no faster, where this machine is the target."""
+    recipe, target = work.recipe, resolve_target(work.recipe.target)
+    assert recipe.quantize is not None
+    if not recipe.quantize.mix or not can_be_profiled(target):
+        return Mixture()
+    return fastest_mixture(
+        candidate,
+        target=target,
+        threads=recipe.threads,
+        keep_float=recipe.quantize.keep_float,
+        record=work.run.latencies("quantize"),
+    )
 
 
 def _keep_splits(run: RunFolder, dataset: Dataset) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from deploykit.train import Training
 
 CALIBRATION_BATCH = 32
+RANDOM_SAMPLES = 8
 JUDGED = 32  # samples that tell how much roundings cost
 MARGINS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # dB more, where the estimate fell short
 
@@ -113,6 +114,15 @@ def calibration_rows(count: int, section: QuantizeSection, seed: int) -> np.ndar
     """Choose which of ``count`` training samples calibrate, in rising order."""
     generator = np.random.default_rng(stable_seed(seed, "quantize", "calibration"))
     return np.sort(generator.permutation(count)[: section.calibration_samples])
+
+
+def random_samples(candidate: Candidate) -> np.ndarray:
+    """Return noise as a client would send it, where ranges do not matter but latencies do."""
+    generator, spec = np.random.default_rng(0), candidate.signature.inputs[0]
+    shape = (RANDOM_SAMPLES, *spec.shape[1:])
+    if spec.dtype == "uint8":
+        return generator.integers(0, 256, shape, dtype=np.uint8)
+    return generator.standard_normal(shape).astype(spec.dtype)
 
 
 def train_quantized(

@@ -109,7 +109,7 @@ def _details(
             key: notes[key] for key in ("removed", "bounds", "sensitivity") if key in notes
         }
     for stage in stages:
-        if stage.name in {"sparsify", "cluster"}:
+        if stage.name in {"surgery", "sparsify", "cluster"}:
             details[stage.name] = stage.candidate.notes[stage.name]
     if fusion is not None:
         details["fusion"] = fusion

@@ -18,12 +18,13 @@ from deploykit.held_weights import check_protected
 from deploykit.models.build import build_model
 from deploykit.models.modes import evaluating
 from deploykit.models.normalization import fold_normalization
-from deploykit.prune.groups import match_modules
+from deploykit.models.patterns import match_modules
 from deploykit.quantization.graphs import trace
 from deploykit.quantization.rules import match_layers
 from deploykit.recipe.sections import ModelSection, Recipe
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input
+from deploykit.surgery import replaced
 from deploykit.train.freeze import match_groups
 
 
@@ -174,9 +175,14 @@ def _check_stages(recipe: Recipe, dataset: Dataset, candidate: Candidate) -> Non
 
 def _check_patterns(recipe: Recipe, candidate: Candidate) -> None:
     """Match patterns with a model that may go on to be compressed."""
+    if recipe.surgery is not None:
+        operated, _ = replaced(candidate, recipe.surgery, [example_input(candidate, batch=2)])
+        _check_patterns(recipe.model_copy(update={"surgery": None}), operated)
+        if recipe.surgery.unless_it_pays != "drop":
+            return
     module = candidate.module
     if recipe.prune is not None:
-        match_modules(module, recipe.prune.protect)
+        match_modules(module, recipe.prune.protect, "prune.protect")
     if recipe.sparsify is not None:
         check_protected(module, recipe.sparsify.protect, "sparsify")
     if recipe.cluster is not None:

@@ -1,8 +1,8 @@
 """A candidate on disk: what it is made of as JSON, its weights as safetensors, no pickle.
 
 A folder holds ``structure.json`` and ``model.safetensors``. The module is rebuilt in the order
-in which it came to be: its own factory, the folded input, the removed blocks, the narrowed
-widths, the weights.
+in which it came to be: its own factory, the folded input, the replaced operators, the removed
+blocks, the narrowed widths, the weights.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from deploykit.errors import ModelError
 from deploykit.models.build import call_factory
 from deploykit.models.modes import evaluating
 from deploykit.models.normalization import add_biases
+from deploykit.models.surgery import replace_operators
 from deploykit.models.weights import assign_weights
 from deploykit.publish import write_atomic, write_json
 from deploykit.widths import set_widths
@@ -111,6 +112,7 @@ def rebuild(structure: Mapping[str, Any], *, base: Path) -> nn.Module:
     )
     try:
         add_biases(module, structure.get("input", {}).get("bias_added", []))
+        replace_operators(module, structure.get("surgery", {}))
         remove_blocks(module, structure.get("removed", []))
         set_widths(module, structure.get("widths", {}))
     except AttributeError as error:

@@ -123,6 +123,11 @@ def why_not_here(target: Target) -> str | None:
     return None if here == target.name else f"this CPU is {here}"
 
 
+def can_be_profiled(target: Target) -> bool:
+    """Whether this machine is the target, and one whose nodes can be timed."""
+    return target.providers == (CPU,) and why_not_here(target) is None
+
+
 @cache
 def _opens(provider: str) -> bool:
     """Whether a session asked for this provider is not quietly one of the CPU's."""

@@ -65,7 +65,12 @@ def trained(tmp_path_factory):
             out=str(tmp_path_factory.mktemp("api") / "run"),
             name="mine",
             train={"epochs": 4, "batch_size": 10, "optimizer": {"name": "adamw", "lr": 0.02}},
-            quantize={"mode": "ptq", "calibration_samples": 60, "unless_it_pays": "keep"},
+            quantize={
+                "mode": "ptq",
+                "calibration_samples": 60,
+                "unless_it_pays": "keep",
+                "mix": False,
+            },
             verify=VERIFY,
         )
     return run, net, before

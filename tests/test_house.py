@@ -18,7 +18,7 @@ from deploykit.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "deploykit"
-TRAINING = {"distill", "prune", "sparsify", "cluster", "quantize"}
+TRAINING = {"distill", "surgery", "prune", "sparsify", "cluster", "quantize"}
 STAGES = {"train", *TRAINING, "exporter", "measure", "verify", "bundle", "report"}
 HEAVY = (
     "torch",

@@ -37,8 +37,8 @@ def test_list_keeps_to_the_width(width: int) -> None:
 
 def test_keys_come_in_running_order() -> None:
     tops = [key.path for key in keys() if "." not in key.path]
-    stages = ["train", "distill", "prune", "sparsify", "cluster", "quantize"]
-    assert tops[-9:] == ["model", *stages, "verify", "budget"]
+    stages = ["train", "distill", "surgery", "prune", "sparsify", "cluster", "quantize"]
+    assert tops[-10:] == ["model", *stages, "verify", "budget"]
 
 
 @pytest.mark.parametrize(

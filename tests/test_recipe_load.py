@@ -316,7 +316,8 @@ def test_dump_writes_every_default_one_key_a_line_and_loads_back_equal() -> None
     assert [line.split(":")[0] for line in text.splitlines()] == [
         *("schema", "name", "seed", "task", "target", "precision", "threads"),
         *("data", "model"),
-        *("train", "distill", "prune", "sparsify", "cluster", "quantize", "verify", "budget"),
+        *("train", "distill", "surgery", "prune", "sparsify", "cluster", "quantize"),
+        *("verify", "budget"),
     ]
     assert "channel_multiple: null" in text
     assert parse_recipe(text) == recipe

@@ -13,8 +13,9 @@ from deploykit.cost import count_macs, count_parameters
 from deploykit.errors import CompressionError
 from deploykit.models.attention import splitting_attention
 from deploykit.models.modes import evaluating
+from deploykit.models.patterns import match_modules
 from deploykit.prune.graph import Graph
-from deploykit.prune.groups import match_modules, rank_groups, set_gradients
+from deploykit.prune.groups import rank_groups, set_gradients
 from deploykit.prune.notes import PruneNotes
 from deploykit.prune.selection import Prunable, select_channels
 from deploykit.prune.trace import Example, as_inputs
@@ -74,7 +75,7 @@ def prune_channels(
     pruned = copy.deepcopy(module).eval()
     set_gradients(pruned, importance, gradients)
     with splitting_attention(pruned):
-        protected = match_modules(pruned, protect)
+        protected = match_modules(pruned, protect, "prune.protect")
         graph, twin = Graph(pruned, inputs), Twin(pruned, inputs)
         prunable, left_alone = rank_groups(
             graph,

@@ -1,14 +1,11 @@
 """Which groups of layers may lose channels, and how much each channel matters."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploykit.errors import CompressionError
 from deploykit.prune.graph import Graph, Group
 from deploykit.prune.selection import Prunable
 from deploykit.prune.trial import Twin
@@ -53,23 +50,6 @@ def rank_groups(
         )
         for group, score in zip(chosen, scores, strict=True)
     ], left_alone
-
-
-def match_modules(module: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
-    """Return the names of the modules that a pattern fits, and of those inside them."""
-    names = [name for name, _ in module.named_modules() if name]
-    hits = set()
-    for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if not found:
-            near = ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.0))
-            raise CompressionError(
-                f"prune.protect: {pattern!r} fits no module; near it are {near}", layer=pattern
-            )
-        hits.update(found)
-    return frozenset(
-        name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits)
-    )
 
 
 def set_gradients(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from deploykit.artifacts import JsonDict
 from deploykit.layer_shapes import is_inside
 from deploykit.models.attention import split_attention
+from deploykit.models.patterns import match_modules
 from deploykit.prune.blocks import removable_blocks
 from deploykit.prune.graph import LAYERS, Graph, undone
-from deploykit.prune.groups import match_modules, rank_groups
+from deploykit.prune.groups import rank_groups
 from deploykit.prune.selection import Prunable, channel_step
 from deploykit.prune.sensitivity import Sensitivity
 from deploykit.prune.trial import Twin
@@ -136,7 +137,7 @@ def explore(module: nn.Module, example: Tensor, rules: Rules) -> Landscape:
         CompressionError: a pattern fits no module, or the model cannot be traced.
     """
     split = split_attention(copy.deepcopy(module).eval())
-    protected = match_modules(split, rules.protect)
+    protected = match_modules(split, rules.protect, "prune.protect")
     graph, twin = Graph(split, example), Twin(split, example)
     prunable, left_alone = rank_groups(
         graph,

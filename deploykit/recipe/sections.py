@@ -350,6 +350,17 @@ class PruneSection(RecoverySection):
         return "channel_ratio", self.channel_ratio
 
 
+class SurgerySection(RecoverySection):
+    """Operators that integers run slowly give way to ones that cost nothing."""
+
+    activations: bool = Field(True, description="hard-swish, SiLU and Mish become ReLU6")
+    squeeze_excite: bool = Field(
+        True,
+        description="squeeze-and-excite goes, its mean factors into the weights of a neighbour",
+    )
+    protect: Patterns = Field((), description="shell patterns of modules to leave whole")
+
+
 class SparsifySection(RecoverySection):
     """Zeros among the weights: a smaller file, at the same speed."""
 
@@ -380,6 +391,11 @@ class QuantizeSection(RecoverySection):
         0.5, description="share of the epochs after which BatchNorm and ranges stand still"
     )
     keep_float: Patterns = Field((), description="shell patterns of modules to leave in float")
+    mix: bool = Field(
+        True,
+        description="layers that are not faster in integers stay in float as well, by measurement, "
+        "where this machine is the target",
+    )
     min_sqnr: Positive | None = Field(
         None,
         description="ptq: smallest signal-to-quantization-noise ratio of the logits, dB; layers "
@@ -421,6 +437,10 @@ class BudgetSection(Section):
     )
 
 
+# Sections that each make a stage out of the one before, in the order in which they run.
+COMPRESSORS = ("distill", "surgery", "prune", "sparsify", "cluster", "quantize")
+
+
 class Recipe(Section):
     """One run, from data to bundle; an absent section is a skipped stage."""
 
@@ -450,6 +470,7 @@ class Recipe(Section):
     model: ModelSection = Field(description="starting point")
     train: TrainSection | None = Field(None, description="training or fine-tuning")
     distill: DistillSection | None = Field(None, description="a smaller model in its place")
+    surgery: SurgerySection | None = Field(None, description="slow operators replaced")
     prune: PruneSection | None = Field(None, description="removal of channels")
     sparsify: SparsifySection | None = Field(None, description="zeros, for size")
     cluster: ClusterSection | None = Field(None, description="shared weights, for size")
@@ -482,6 +503,11 @@ class Recipe(Section):
                 "themselves, got 8; lower it, or drop one of the sections"
             )
         return self
+
+    @property
+    def compressors(self) -> tuple[str, ...]:
+        """The stages that are asked for, beside the first and the conversion to other floats."""
+        return tuple(name for name in COMPRESSORS if getattr(self, name) is not None)
 
     def precision_on(self, target: Target) -> str:
         """Return what the model computes in that ships to ``target``: int8, fp32, fp16 or bf16."""

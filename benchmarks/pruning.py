@@ -1,0 +1,254 @@
+"""Pruning by measured latency against pruning by counted channels: `make bench-pruning`.
+
+ResNet-56 on CIFAR-10 as JPEG, from the weights of `recipes/cifar10_resnet56.yaml`. Torch-Pruning
+removes inner channels of each block, the same share of every layer or ranked over all of them, as
+many as make its model as fast in integers as ours. All win back accuracy in the same training
+and are calibrated on the same samples.
+
+The traps: two prunings by count that made integers slower when they were first measured, asked of
+deploykit with its rounding of widths switched off. What it ships must not be slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from recipe_run import DEPLOYKIT, ROOT
+from table import Figure, publish
+from torch import Tensor, nn
+
+from deploykit.artifacts import Candidate, OnnxModel
+from deploykit.data import Dataset
+from deploykit.environment import cache_folder
+from deploykit.exporter import OPSET, export_onnx
+from deploykit.job import read_data
+from deploykit.latency_model import LatencyCost
+from deploykit.measure import Evaluation, Latency, evaluate_onnx, measure_latency
+from deploykit.measure.layer_times import LayerTimes
+from deploykit.models.resnet_cifar import BasicBlock
+from deploykit.progress import ConsoleProgress
+from deploykit.prune import prune
+from deploykit.quantize import calibrate
+from deploykit.recipe import load_recipe
+from deploykit.recipe.paths import with_absolute_paths
+from deploykit.recipe.sections import PruneSection, Recipe
+from deploykit.start import initial_candidate
+from deploykit.statistics import paired_drop
+from deploykit.structure import example_input
+from deploykit.targets import resolve_target
+from deploykit.train import Training, recover
+
+RECIPE = ROOT / "recipes/cifar10_resnet56.yaml"
+SPEEDUPS = (1.5, 2.0)  # of integers over unpruned integers
+GRID = tuple(round(0.05 * place, 2) for place in range(1, 19))  # shares of the channels
+SAME = 1.02  # latencies nearer than this are the same
+CALIBRATION = 512
+TRAPS = (("uniform", 0.3), ("global", 0.5))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all prunings share."""
+
+    start: Candidate
+    dataset: Dataset
+    training: Training
+    latency: LatencyCost
+    epochs: int
+    lr: float
+
+    @property
+    def recovery(self) -> PruneSection:
+        """The training that follows each pruning."""
+        return PruneSection(epochs=self.epochs, lr=self.lr)
+
+
+def counted(module: nn.Module, example: Tensor, scope: str, ratio: float) -> nn.Module:
+    """Return a copy that Torch-Pruning has pruned, inner channels of the blocks only.
+
+    It prunes the padded shortcuts of these nets wrongly, so the stream through them stays whole.
+    """
+    import torch_pruning
+
+    pruned = copy.deepcopy(module).eval()
+    inner = {id(part.conv1) for part in pruned.modules() if isinstance(part, BasicBlock)}
+    layers = [part for part in pruned.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    torch_pruning.pruner.MagnitudePruner(
+        pruned,
+        example,
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        global_pruning=scope == "global",
+        pruning_ratio=ratio,
+        ignored_layers=[part for part in layers if id(part) not in inner],
+    ).step()
+    return pruned
+
+
+def as_fast(setting: Setting, scope: str, ms: float) -> tuple[float, nn.Module]:
+    """Return the least share of channels whose removal is as fast as ``ms``, and the module.
+
+    Where none is, the fastest one.
+    """
+    example, best = example_input(setting.start, batch=2), (np.inf, 0.0, setting.start.module)
+    for ratio in GRID:
+        pruned = counted(setting.start.module, example, scope, ratio)
+        found = setting.latency.measure(pruned)
+        best = min(best, (found, ratio, pruned), key=lambda one: one[0])
+        if found <= ms * SAME:
+            break
+    return best[1], best[2]
+
+
+def prunings(setting: Setting, speedups: list[float]) -> Iterator[tuple[str, Candidate]]:
+    """Yield ours and theirs, trained, at each speed-up."""
+    target, whole = setting.latency.target, setting.latency.model.measured_ms
+    for speedup in speedups:
+        section = setting.recovery.model_copy(update={"speedup": speedup})
+        ours = prune(
+            setting.start, setting.training, section, target=target, latency=setting.latency
+        )
+        yield f"deploykit {speedup:g}x", ours
+        ms = setting.latency.measure(ours.module, ours.structure.get("removed", ()))
+        print(f"deploykit: {whole:.3f} to {ms:.3f} ms", flush=True)
+        for scope in ("uniform", "global"):
+            ratio, module = as_fast(setting, scope, ms)
+            print(f"Torch-Pruning, {scope}: {ratio:.0%} of the channels", flush=True)
+            stage = f"{scope}-{speedup:g}"
+            teacher = setting.start.module
+            recover(
+                module, setting.training, setting.recovery, stage=stage, teacher=teacher, hold={}
+            )
+            name = f"Torch-Pruning {scope} {ratio:.0%}, for {speedup:g}x"
+            yield name, replace(setting.start, module=module, stage="prune")
+
+
+def shipped(setting: Setting, candidate: Candidate, path: Path) -> OnnxModel:
+    """Calibrate and export."""
+    rows = np.arange(min(CALIBRATION, len(setting.dataset.train)))
+    samples = setting.dataset.train.load(rows)
+    quantized = calibrate(candidate, samples, target=setting.latency.target)
+    return export_onnx(quantized, path, name="pruned")
+
+
+def trap(scope: str, ratio: float, whole: OnnxModel, folder: Path) -> tuple[Latency, bool]:
+    """Ask deploykit for a pruning that is a trap; return what ships beside ``whole``.
+
+    The second value is whether the pruning was kept.
+    """
+    run = folder / f"trap-{scope}"
+    changes = [
+        "train=null",
+        f"prune={{channel_ratio: {ratio}, scope: {scope}, channel_multiple: 1, epochs: 0}}",
+        "quantize={mode: ptq}",
+        "budget=null",
+        "data.limit=1000",
+        "verify.min_agreement=0.5",
+    ]
+    settings = [part for change in changes for part in ("--set", change)]
+    subprocess.run([DEPLOYKIT, "compress", RECIPE, "--out", run, *settings], check=True)
+    report = json.loads((run / "report.json").read_text())
+    final = OnnxModel(run / f"onnx/{report['final']['name']}.onnx", whole.signature, OPSET)
+    models = {"whole": whole, "trap": final}
+    measured = measure_latency(models, threads=1, baseline="whole", batch_sizes=(1,))
+    kept = next(one["kept"] for one in report["decisions"] if one["stage"] == "prune")
+    return measured["trap"]["1"], bool(kept)
+
+
+def figures_of(
+    accuracies: dict[str, Evaluation], latencies: dict[str, dict[str, Latency]]
+) -> tuple[list[Figure], list[str]]:
+    """Return accuracy and speed of each pruning, and how ours compares."""
+    figures, details, ours = [], [], ""
+    for name, found in accuracies.items():
+        ratio = latencies[name]["1"].ratio
+        figures += [
+            Figure(f"{name}: test accuracy", found.accuracy, "{:.2%}"),
+            Figure(f"{name}: int8 speed at batch 1 over unpruned int8", ratio, "{:.2f}x"),
+        ]
+        if name.startswith("deploykit"):
+            ours = name
+        elif ours:
+            lost, (low, high) = paired_drop(found.correct, accuracies[ours].correct)
+            figures.append(
+                Figure(f"{ours}: accuracy lost against {name}", lost, "{:.2%}", at_most=0)
+            )
+            details.append(f"{name} to {ours}: {lost:.2%} lost (95%: {low:.2%} to {high:.2%}).")
+    return figures, details
+
+
+def read_setting(options: argparse.Namespace) -> tuple[Recipe, Setting]:
+    """Load data and weights."""
+    recipe = with_absolute_paths(load_recipe(RECIPE), RECIPE.parent)
+    if options.trial:
+        data = recipe.data.model_copy(update={"limit": 500})
+        recipe = recipe.model_copy(update={"data": data})
+    dataset = read_data(recipe)
+    start = initial_candidate(recipe, dataset, None)
+    dataset = replace(dataset, preprocess=start.signature.preprocess)
+    assert recipe.train is not None
+    plan = recipe.train.model_copy(update={"average": None})
+    training = Training(
+        dataset,
+        plan=plan,
+        augment=recipe.data.augment,
+        seed=recipe.seed,
+        checkpoints=options.folder,
+        progress=ConsoleProgress(),
+    )
+    times = LayerTimes.open(cache_folder(), recipe.threads)
+    latency = LatencyCost(start, resolve_target("cpu"), quantized=True, times=times)
+    return recipe, Setting(start, dataset, training, latency, options.epochs, options.lr)
+
+
+def main() -> int:
+    """Prune, train, measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=2, help="recovery of each pruning")
+    parser.add_argument("--lr", type=float, default=0.01, help="its peak rate")
+    parser.add_argument("--folder", type=Path, help="checkpoints, to go on where it was stopped")
+    parser.add_argument("--trial", action="store_true", help="few samples; keeps no table")
+    options = parser.parse_args()
+    if options.trial:
+        options.epochs = 0
+    recipe, setting = read_setting(options)
+    with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
+        folder = Path(name)
+        models = {"unpruned": shipped(setting, setting.start, folder / "unpruned.onnx")}
+        for label, candidate in prunings(setting, [*SPEEDUPS[: 1 if options.trial else None]]):
+            models[label] = shipped(setting, candidate, folder / f"{len(models)}.onnx")
+        accuracies = {
+            label: evaluate_onnx(model, setting.dataset.test, threads=recipe.threads)
+            for label, model in models.items()
+        }
+        latencies = measure_latency(
+            models, threads=recipe.threads, baseline="unpruned", batch_sizes=(1,), precision=0.01
+        )
+        figures, details = figures_of(accuracies, latencies)
+        for scope, ratio in TRAPS:
+            found, kept = trap(scope, ratio, models["unpruned"], folder)
+            text = f"{ratio:.0%} of the channels, {scope}, no rounding: speed of what ships"
+            figures.append(Figure(text, found.ratio, "{:.2f}x", at_least=1 / SAME))
+            details.append(f"{text}: the pruning was {'kept' if kept else 'dropped'}.")
+    return publish(
+        "pruning",
+        figures,
+        about=f"ResNet-56, CIFAR-10 as JPEG, {options.epochs} epochs of recovery after each "
+        "pruning, integers by calibration, one thread; Torch-Pruning removes as many channels as "
+        "make it as fast as ours, or come nearest.",
+        command="make bench-pruning",
+        details=details,
+        keep=not options.trial,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
