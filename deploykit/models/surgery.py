@@ -52,7 +52,7 @@ class Gate:
     def gain(self) -> Tensor:
         """The constant factor that comes nearest to it (least squares), ``(C,)``."""
         squares = torch.as_tensor(self.squares)
-        return torch.where(squares > 0, self.products / squares.clamp_min(1e-12), 1.0)
+        return torch.where(squares > 0, self.products / squares, 1.0).float()
 
 
 def replace_operators(module: nn.Module, surgery: Mapping[str, Iterable[str]]) -> None:
@@ -202,8 +202,9 @@ def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the sums of x y and x x a channel, if y is x times a factor a channel and sample."""
     if x.shape != y.shape or x.ndim != 4 or _is_pooled(x) or x.data_ptr() == y.data_ptr():
         return None
+    x, y = x.double(), y.double()  # what fresh weights answer can be tiny
     products, squares = (x * y).sum((2, 3)), x.square().sum((2, 3))
-    factor = (products / squares.clamp_min(1e-12))[..., None, None]
+    factor = torch.where(squares > 0, products / squares, 0.0)[..., None, None]
     if float((y - factor * x).abs().max()) > TOLERANCE * float(y.abs().max()):
         return None
     return products.sum(0), squares.sum(0)

@@ -6,9 +6,11 @@ import torch
 from deploykit.artifacts import Candidate, Signature, TensorSpec
 from deploykit.errors import ModelError
 from deploykit.models import build_model, fold_normalization
+from deploykit.models.surgery import count_slow_activations, find_gates, replace_operators
 from deploykit.prune import prune_channels
-from deploykit.recipe.sections import ModelSection
+from deploykit.recipe.sections import ModelSection, SurgerySection
 from deploykit.structure import example_input, load_candidate, save_candidate
+from deploykit.surgery import replaced
 from deploykit.widths import changed_widths, read_widths, set_widths
 
 pytestmark = pytest.mark.vision
@@ -134,3 +136,39 @@ def test_segmentation_model_of_named_outputs_is_pruned(tmp_path):
     assert notes.parameters[1] < 0.4 * notes.parameters[0]
     assert set(pruned(torch.randn(1, 3, SIZE, SIZE))) == {"out", "aux"}
     assert set(notes.left_alone) == {"classifier.4", "aux_classifier.4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "relu6"),
+    [
+        ("torchvision:mobilenet_v3_small", 9, 19),
+        ("torchvision:efficientnet_b0", 16, 33),
+        ("torchvision:regnet_y_400mf", 16, 0),
+        ("timm:mobilenetv3_small_100", 9, 19),
+        ("timm:efficientnet_b0", 16, 33),
+        ("timm:seresnet18", 8, 0),
+    ],
+)
+def test_slow_operators_of_library_models_give_way(tmp_path, name, removed, relu6):
+    torch.manual_seed(0)
+    module = build(name, tmp_path).eval()
+    signature = Signature(
+        (TensorSpec("image", "uint8", (-1, SIZE, SIZE, 3)),),
+        (TensorSpec("logits", "float32", (-1, 7)),),
+        tuple("abcdefg"),
+        PREPROCESS,
+    )
+    structure = {"model": {"name": name, "arguments": {}}, "sample_shape": [SIZE, SIZE, 3]}
+    candidate = Candidate(module, signature, structure, "train")
+    batch = torch.randn(4, 3, SIZE, SIZE)
+    operated, left_alone = replaced(candidate, SurgerySection(), [batch])
+    assert left_alone == {}
+    surgery = operated.structure["surgery"]
+    assert (len(surgery["removed"]), len(surgery["relu6"])) == (removed, relu6)
+    assert find_gates(operated.module, [batch]) == {}
+    assert count_slow_activations(operated.module, batch) == 0
+    fresh = build(name, tmp_path)
+    replace_operators(fresh, surgery)
+    fresh.load_state_dict(operated.module.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(batch), operated.module.eval()(batch))
