@@ -4,7 +4,7 @@ Images of 224 x 224, batch 1, one thread, ONNX Runtime on the CPU. Weights are f
 speed is what is measured; that it is not bought by destroying the model is shown by the
 signal-to-quantization-noise ratio of the logits on images that calibration has not seen. Where
 it falls short, layers stay in float, the most sensitive first, until it holds; so do those that
-are not faster in integers.
+are not faster in integers. Depthwise layers are filled up to full blocks of channels.
 
 Fresh weights alone make a chaotic function, in which noise says nothing: behind each BatchNorm
 of no shift, a ReLU magnifies what differs between two inputs by pi / (pi - 1) (Yang et al. 2019,
@@ -45,6 +45,7 @@ from deploykit.exporter import OPSET, export_onnx
 from deploykit.measure import Latency, measure_latency
 from deploykit.mixed_precision import fastest_mixture
 from deploykit.models import build_model, fold_normalization
+from deploykit.prune import align_widths
 from deploykit.quantize import calibrate
 from deploykit.recipe.sections import ModelSection, SurgerySection
 from deploykit.runtime import decode_image, open_session, run_model
@@ -207,6 +208,7 @@ def quiet_model(
     paths = model_paths(name, folder)
     fp32 = export_onnx(candidate, paths["fp32"], name=name)
     expected, target, wanted = answers(fp32, unseen), resolve_target("cpu"), WANTED_DB
+    candidate = align_widths(candidate, target.channel_multiple) or candidate
     faster = fastest_mixture(candidate, target=target, threads=1).keep_float
     for _ in range(ROUNDS):
         quantized = calibrate(candidate, seen, target=target, keep_float=faster, min_sqnr=wanted)

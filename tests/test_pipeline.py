@@ -439,7 +439,10 @@ def test_mode_says_whether_the_model_is_calibrated_or_trained(
     monkeypatch.setattr(pipeline, "_proved", proved)
     work = SimpleNamespace(
         recipe=SimpleNamespace(
-            quantize=QuantizeSection(mode=mode, mix=False), seed=0, target="cpu", budget=None
+            quantize=QuantizeSection(mode=mode, mix=False, align=False),
+            seed=0,
+            target="cpu",
+            budget=None,
         ),
         dataset=SimpleNamespace(train=SimpleNamespace(load=np.zeros_like, __len__=lambda: 9)),
         home=RunFolder(tmp_path),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploykit.errors import CompressionError
 from deploykit.prune.trace import PLAIN, Axes, Example, Labels, Trace, as_inputs, trace
@@ -297,19 +297,28 @@ def common_module(tensors: Iterable[str]) -> str:
 
 @torch.no_grad()
 def shrink_tensors(module: nn.Module, losses: Mapping[str, Mapping[int, Labels]]) -> None:
-    """Replace tensors of ``module`` by smaller ones, wherever they are shared."""
+    """Replace tensors of ``module`` by smaller ones."""
+    smaller = {}
+    for name, dims in losses.items():
+        holder, _, key = name.rpartition(".")
+        new = getattr(module.get_submodule(holder), key).detach()
+        for dim, indices in dims.items():
+            kept = np.setdiff1d(np.arange(new.shape[dim]), indices)
+            new = new.index_select(dim, torch.from_numpy(kept).to(new.device))
+        smaller[name] = new
+    replace_tensors(module, smaller)
+
+
+def replace_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace tensors of ``module`` by others, by name, wherever they are shared."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
             if tensor is not None:
                 owners.setdefault(id(tensor), []).append((part, key))
-    for name, dims in losses.items():
+    for name, new in tensors.items():
         holder, _, key = name.rpartition(".")
         old: Any = getattr(module.get_submodule(holder), key)
-        new = old.detach()
-        for dim, indices in dims.items():
-            kept = np.setdiff1d(np.arange(new.shape[dim]), indices)
-            new = new.index_select(dim, torch.from_numpy(kept).to(new.device))
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for owner, attribute in owners[id(old)]:

@@ -396,6 +396,11 @@ class QuantizeSection(RecoverySection):
         description="layers that are not faster in integers stay in float as well, by measurement, "
         "where this machine is the target",
     )
+    align: bool = Field(
+        True,
+        description="depthwise layers get channels of zeros up to a full block of the kernel's, "
+        "where that is measured to be faster",
+    )
     min_sqnr: Positive | None = Field(
         None,
         description="ptq: smallest signal-to-quantization-noise ratio of the logits, dB; layers "
