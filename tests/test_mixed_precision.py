@@ -7,14 +7,20 @@ from itertools import pairwise, product
 import pytest
 import torch
 from test_prune_stage import candidate_of
+from tiny_run import RECIPE, measure_quickly
 
 from deploykit import mixed_precision
+from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
+from deploykit.job import run_recipe
 from deploykit.measure import Latency
 from deploykit.mixed_precision import BORDERS, Mixture, fastest_mixture, layers_to_try
 from deploykit.quantize import calibrate, random_samples
+from deploykit.recipe import load_recipe
+from deploykit.recipe.paths import with_absolute_paths
 from deploykit.targets import TARGETS
 
+slow = pytest.mark.slow
 TARGET = TARGETS["cpu-x86-vnni"]
 LAYERS = ("0", "3", "7")
 
@@ -106,8 +112,6 @@ def test_all_layers_in_float_are_no_mixture(candidate, measured):
 
 
 def test_layers_of_the_mixture_run_in_float(candidate, tmp_path):
-    from deploykit.exporter import export_onnx
-
     samples = random_samples(candidate)
     mixed = calibrate(candidate, samples, target=TARGET, keep_float=("0",))
     fusion = fused_operators(export_onnx(mixed, tmp_path / "mixed.onnx", name="m"), threads=1)
@@ -129,3 +133,24 @@ def test_noise_fits_what_the_model_takes(candidate):
     floats = replace(spec, dtype="float32", shape=(-1, 7))
     arrays = replace(candidate, signature=replace(candidate.signature, inputs=(floats,)))
     assert (random_samples(arrays).dtype, random_samples(arrays).shape) == ("float32", (8, 7))
+
+
+@slow
+def test_run_leaves_layers_in_float_and_says_so(tmp_path, monkeypatch):
+    measure_quickly(monkeypatch)
+    monkeypatch.setattr(
+        "deploykit.pipeline.fastest_mixture", lambda *_, **__: Mixture(("convs.0",), 1.3)
+    )
+    file = tmp_path / "tiny.yaml"
+    file.write_text(RECIPE[: RECIPE.index("prune:")] + RECIPE[RECIPE.index("quantize:") :])
+    mixed = run_recipe(parsed(file, "quantize.mix=true", "quantize.mode=ptq"), tmp_path / "mixed")
+    (decision,) = mixed.report["decisions"]
+    assert "convs.0 in float, 1.30x faster for it" in decision["why"]
+    floats = mixed.report["details"]["fusion"]["float"]
+    assert [layer["name"] for layer in floats] == ["convs.0"]
+    whole = run_recipe(parsed(file, "quantize.mode=ptq"), tmp_path / "whole")
+    assert whole.report["details"]["fusion"]["float"] == []
+
+
+def parsed(file, *changes):
+    return with_absolute_paths(load_recipe(file, changes), file.parent)
