@@ -115,7 +115,7 @@ def test_only_the_first_trial_may_fail_the_run(tmp_path, monkeypatch, fault):
     def make(_work, _base):
         raise fault("no such model")
 
-    monkeypatch.setattr(pipeline, "_make_stages", make)
+    monkeypatch.setattr(pipeline, "make_stages", make)
     recipe, run, training = parse_recipe(RECIPE), RunFolder(tmp_path), tiny_training()
     work = pipeline.Work(recipe, run, run, training.dataset, training)
     attempt = pipeline._attempt(work, Course([]), None)

@@ -139,7 +139,7 @@ def test_noise_fits_what_the_model_takes(candidate):
 def test_run_leaves_layers_in_float_and_says_so(tmp_path, monkeypatch):
     measure_quickly(monkeypatch)
     monkeypatch.setattr(
-        "deploykit.pipeline.fastest_mixture", lambda *_, **__: Mixture(("convs.0",), 1.3)
+        "deploykit.integers.fastest_mixture", lambda *_, **__: Mixture(("convs.0",), 1.3)
     )
     file = tmp_path / "tiny.yaml"
     file.write_text(RECIPE[: RECIPE.index("prune:")] + RECIPE[RECIPE.index("quantize:") :])

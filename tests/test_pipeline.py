@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import CALIBRATED, STAGES, measure_quickly, recording_dataset, sha256, snapshot
 
-from deploykit import job, pipeline, stages
+from deploykit import integers, job, pipeline, stages
 from deploykit.artifacts import OnnxModel
 from deploykit.decisions import Decision, check_budget, ptq_decision, stage_decision
 from deploykit.errors import DataError, UsageError
@@ -429,14 +429,14 @@ def test_mode_says_whether_the_model_is_calibrated_or_trained(
     seen = []
     baseline = fake_stage("train", tmp_path)
     worse = fake_stage("quantize", tmp_path, correct=(holds, True, False, False))
-    monkeypatch.setattr(pipeline, "calibrate", lambda *_, **__: seen.append("calibrate"))
-    monkeypatch.setattr(pipeline, "train_quantized", lambda *_, **__: seen.append("train"))
+    monkeypatch.setattr(integers, "calibrate", lambda *_, **__: seen.append("calibrate"))
+    monkeypatch.setattr(integers, "train_quantized", lambda *_, **__: seen.append("train"))
 
     def proved(_work, _started, make):
         make()
         return worse
 
-    monkeypatch.setattr(pipeline, "_proved", proved)
+    monkeypatch.setattr(integers, "proved", proved)
     work = SimpleNamespace(
         recipe=SimpleNamespace(
             quantize=QuantizeSection(mode=mode, mix=False, align=False),
@@ -449,7 +449,7 @@ def test_mode_says_whether_the_model_is_calibrated_or_trained(
         training=None,
     )
     work.dataset.train = Rows(9)
-    _, why = pipeline._quantize(work, baseline, baseline)
+    _, why = integers.quantize_stage(work, baseline, baseline)
     assert seen == made
     assert why.startswith(kept)
 

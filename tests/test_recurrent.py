@@ -9,7 +9,7 @@ import torch
 from tiny_quantized import CLASSES, TARGET, Net, Samples, array_candidate, noise_ratio
 from torch import nn
 
-from deploykit import pipeline
+from deploykit import work as work_module
 from deploykit.errors import CompressionError, VerificationError
 from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
@@ -118,10 +118,10 @@ def test_an_lstm_that_does_not_answer_alike_in_integers_stays_in_float(monkeypat
             validation=SimpleNamespace(accuracy=1.0),
         )
 
-    monkeypatch.setattr(pipeline, "prove", prove)
+    monkeypatch.setattr(work_module, "prove", prove)
     run = SimpleNamespace(save_candidate=saved.append)
     work = SimpleNamespace(run=run, recipe=None, dataset=None, say=told.append)
-    stage = pipeline._proved(work, 0.0, lambda: integers)
+    stage = work_module.proved(work, 0.0, lambda: integers)
     assert stage.candidate.structure["quantization"]["keep_float"] == ["body"]
     assert saved[-1] is stage.candidate
     assert "LSTM layers stay in float" in told[0]
@@ -134,12 +134,12 @@ def test_a_model_without_recurrence_fails_as_it_did(monkeypatch):
     def prove(*_, **__):
         raise VerificationError("quantize: they differ")
 
-    monkeypatch.setattr(pipeline, "prove", prove)
+    monkeypatch.setattr(work_module, "prove", prove)
     run = SimpleNamespace(save_candidate=lambda candidate: None)
     work = SimpleNamespace(run=run, recipe=None, dataset=None)
     integers = calibrate(recurrent(nn.GRU, 128), VALUES, target=TARGET)
     with pytest.raises(VerificationError, match="they differ"):
-        pipeline._proved(work, 0.0, lambda: integers)
+        work_module.proved(work, 0.0, lambda: integers)
 
 
 @pytest.mark.parametrize(
