@@ -1,5 +1,7 @@
 """Channels of zeros round depthwise layers up, and the model answers as before."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_layers import Between
@@ -134,6 +136,13 @@ def test_channels_in_the_middle_of_a_join_grow_there():
 )
 def test_what_cannot_or_need_not_grow_stays(module):
     assert align_widths(candidate_of(module), 16) is None
+
+
+def test_shared_values_are_not_joined_by_zero():
+    candidate = candidate_of(Between(*depthwise(12), width=12, readers=12))
+    assert align_widths(candidate, 16) is not None
+    shared = {**candidate.structure, "clustered": ["first.weight"]}
+    assert align_widths(replace(candidate, structure=shared), 16) is None
 
 
 def test_zeros_that_are_read_tell(monkeypatch):
