@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +20,15 @@ from table import Figure, publish
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.exporter import export_onnx
 from deploykit.job import read_data
+from deploykit.latency_model import LatencyCost
+from deploykit.measure.layer_times import LayerTimes
 from deploykit.progress import ConsoleProgress
+from deploykit.prune import prune
 from deploykit.quantization.graphs import quiet
 from deploykit.run_folder import RunFolder
 from deploykit.statistics import paired_drop
 from deploykit.structure import example_input, load_candidate
+from deploykit.targets import resolve_target
 from deploykit.train import Training, evaluate, fit, recovery_plan
 
 RIVALS = Path(sys.executable).parents[1].with_name(f"{Path(sys.executable).parents[1].name}-rivals")
@@ -61,8 +66,10 @@ def hold(name: str, promise: Promise) -> int:
         subprocess.run([python, script, *map(str, arguments)], check=True)
         answers = dict(np.load(folder / "answers.npz"))
         times = json.loads((folder / "times.json").read_text())
+        cost = search_cost(run, report, folder / "cache")
     further = baseline.stage == "further"
-    return tell(name, promise, report, answers, times, labels, further, keep=not options.trial)
+    keep = not options.trial
+    return tell(name, promise, report, answers, times, labels, further, cost, keep=keep)
 
 
 def strongest(run: RunFolder, epochs: int | None = None) -> Candidate:
@@ -101,6 +108,35 @@ def strongest(run: RunFolder, epochs: int | None = None) -> Candidate:
     return further if accuracies[1] > accuracies[0] else start
 
 
+def search_cost(run: RunFolder, report: JsonDict, cache: Path) -> list[Figure]:
+    """Return what the search for widths and blocks takes, with nothing measured before, and again.
+
+    Nothing where the recipe does not prune to a latency.
+    """
+    recipe = run.recipe()
+    if recipe.prune is None or recipe.prune.how_much[0] not in {"speedup", "latency_ms"}:
+        return []
+    start = load_candidate(run.candidate("train"), base=run.path)
+    dataset = replace(read_data(recipe), preprocess=start.signature.preprocess)
+    section, target = recipe.prune.model_copy(update={"epochs": 0}), resolve_target(recipe.target)
+    seconds, measured = [], []
+    for _ in range(2):
+        times = LayerTimes.open(cache, recipe.threads)
+        latency = LatencyCost(start, target, quantized=recipe.quantize is not None, times=times)
+        begun = time.monotonic()
+        prune(start, Training(dataset), section, target=target, latency=latency)
+        seconds.append(time.monotonic() - begun)
+        measured.append(times.measured)
+    later = len(report["details"]["curves"]) - 1
+    return [
+        Figure("trainings", 1 + max(1, len(report["details"]["trials"])) * later, "{:.0f}"),
+        Figure("search for widths and blocks", seconds[0], "{:.0f} s"),
+        Figure("layers that it times", measured[0], "{:.0f}"),
+        Figure("the search once more", seconds[1], "{:.0f} s"),
+        Figure("layers that it times then", measured[1], "{:.0f}", at_most=0),
+    ]
+
+
 def hand_over(
     run: RunFolder, report: JsonDict, baseline: Candidate, folder: Path, limit: int | None
 ) -> np.ndarray:
@@ -137,6 +173,7 @@ def tell(
     times: dict[str, dict[str, list[float]]],
     labels: np.ndarray,
     further: bool,
+    cost: list[Figure],
     *,
     keep: bool,
 ) -> int:
@@ -179,7 +216,7 @@ def tell(
         ]
         details.append(f"{rival} to deploykit: {lost:.2%} lost (95%: {low:.2%} to {high:.2%}).")
     minutes = sum(one["seconds"] for one in report["stages"]) / 60
-    figures.append(Figure("compress, wall time", minutes, "{:.0f} min"))
+    figures += [Figure("compress, wall time", minutes, "{:.0f} min"), *cost]
     return publish(
         name,
         figures,
