@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +149,9 @@ class _Watch:
             for name, _ in module.named_modules()
         }
         self._pooled: dict[str, bool] = {}
-        self._written: list[tuple[str, Tensor]] = []
-        self._given: list[tuple[str, Tensor]] = []
+        # Weak, so that a pass takes no more memory than it does unwatched.
+        self._written: list[tuple[str, ReferenceType[Tensor]]] = []
+        self._given: list[tuple[str, ReferenceType[Tensor]]] = []
         self._other: set[str] = set()
         self.gates: dict[str, Gate] = {}
 
@@ -168,12 +170,12 @@ class _Watch:
             if isinstance(part, nn.modules.conv._ConvNd | nn.Linear):
                 self._pooled[name] = self._pooled.get(name, True) and _is_pooled(inputs[0])
                 for gate, tensor in self._given:
-                    if tensor is inputs[0] and name not in self.gates[gate].readers:
+                    if tensor() is inputs[0] and name not in self.gates[gate].readers:
                         self.gates[gate].readers.append(name)
             elif self._layers[name]:
                 self._judge(name, inputs[0], output)
             if isinstance(part, nn.modules.conv._ConvNd | _BatchNorm):
-                self._written.append((name, output))
+                self._written.append((name, ref(output)))
 
         return after
 
@@ -189,9 +191,11 @@ class _Watch:
         gate = self.gates.setdefault(name, Gate())
         gate.products, gate.squares = gate.products + products[0], gate.squares + products[1]
         gate.writers += [
-            writer for writer, tensor in self._written if tensor is x and writer not in gate.writers
+            writer
+            for writer, tensor in self._written
+            if tensor() is x and writer not in gate.writers
         ]
-        self._given.append((name, y))
+        self._given.append((name, ref(y)))
 
 
 def _is_pooled(x: Tensor) -> bool:
