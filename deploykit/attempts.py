@@ -80,6 +80,7 @@ def outcome_of(recipe: Recipe, course: Course, measured: Mapping[str, JsonDict])
         rounding_drop=rounding_drop,
         drop=validation_drop(course.stages[0], last)[0],
         unpruned_ms=unpruned[0] if unpruned else None,
+        mix=recipe.quantize is not None and recipe.quantize.mix,
     )
 
 

@@ -27,7 +27,7 @@ from deploykit.interrupt import raise_if_stopped
 from deploykit.making import judge_integers, make_stages, shared_stages
 from deploykit.progress import Progress
 from deploykit.publish import publish_folder
-from deploykit.recipe.sections import Recipe, TrainSection
+from deploykit.recipe.sections import QuantizeSection, Recipe, TrainSection
 from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
@@ -140,8 +140,13 @@ def _attempt(work: Work, base: Course, replay: Sequence[Mapping[str, JsonDict]] 
         except (CompressionError, VerificationError) as error:
             if number == 1:  # the recipe itself asks for what cannot be
                 raise
-            kept = () if recipe.quantize is None else recipe.quantize.keep_float
-            outcome = Outcome(recipe.prune, keep_float=kept, failed=str(error))
+            integers = recipe.quantize or QuantizeSection()
+            outcome = Outcome(
+                recipe.prune,
+                keep_float=integers.keep_float,
+                mix=integers.mix,
+                failed=str(error),
+            )
             return Trial(folder, base, {}, outcome)
         raise_if_stopped("measuring")
         work.say("measuring latency")

@@ -3,7 +3,8 @@
 The recipe as it stands is the first trial. Where accuracy is missing, the next one backs off in
 what cost the most of it: it prunes less, just enough to be as fast as the budget asks (or half as
 much where it asks for no speed), or leaves the layers in float that integers harm most. Where
-speed is missing, it prunes more. Such a search needs few trials, because the latency of each was
+speed is missing, it prunes more; where that is no way, layers stay in float that are faster there.
+Such a search needs few trials, because the latency of each was
 measured.
 """
 
@@ -33,6 +34,7 @@ class Outcome:
         speedup: of the final model over the float one at batch 1; None as above.
         checks: limits of the budget, as `check_budget` returns them.
         keep_float: ``quantize.keep_float`` as it was.
+        mix: ``quantize.mix`` as it was.
         rounding_drop: accuracy that quantization lost, 0 to 1; 0 where there was none.
         drop: accuracy that the whole trial lost.
         sensitive: layers to leave in float next, by module; empty where that is no way out.
@@ -50,6 +52,7 @@ class Outcome:
     sensitive: tuple[str, ...] = ()
     unpruned_ms: float | None = None
     failed: str = ""
+    mix: bool = False
 
     @property
     def passed(self) -> bool:
@@ -74,6 +77,7 @@ class Outcome:
         return {
             "pruned": {key: value} if key else None,
             "keep_float": list(self.keep_float),
+            "mix": self.mix,
             "pruned_speedup": self.pruned_speedup,
             "speedup": self.speedup,
             "checks": [dict(check) for check in self.checks],
@@ -116,6 +120,8 @@ def described(recipe: Recipe) -> str:
         parts.append(f"prune.{key} {value:g}")
     if recipe.quantize is not None and recipe.quantize.keep_float:
         parts.append(f"in float: {', '.join(recipe.quantize.keep_float)}")
+    if recipe.quantize is not None and recipe.quantize.mix:
+        parts.append("in float what is faster there")
     return "; ".join(parts) or "without pruning"
 
 
@@ -134,7 +140,7 @@ def next_trial(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
     ways = [_prune_otherwise, _leave_more_in_float]
     if last.rounding_drop > last.drop / 2:
         ways.reverse()
-    for way in ways:
+    for way in [*ways, _mix]:
         tried = way(recipe, outcomes)
         if tried is not None:
             return _shortened(tried)
@@ -147,7 +153,16 @@ def _leave_more_in_float(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe 
     way_out = not last.holds("max_drop") and last.holds("min_speedup") and last.sensitive
     if not way_out or set(last.sensitive) <= set(last.keep_float):
         return None
-    return _as(recipe, last.section, last.sensitive)
+    return _as(recipe, last.section, last.sensitive, mix=last.mix)
+
+
+def _mix(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
+    """Leave the layers in float that integers make no faster."""
+    last = outcomes[-1]
+    missing = last.holds("max_drop") and not last.holds("min_speedup")
+    if recipe.quantize is None or last.mix or last.failed or not missing:
+        return None
+    return _as(recipe, last.section, last.keep_float, mix=True)
 
 
 def _prune_otherwise(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | None:
@@ -160,23 +175,28 @@ def _prune_otherwise(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | No
     comparable = [
         replace(one, unpruned_ms=unpruned_ms)
         for one in outcomes
-        if one.keep_float == last.keep_float
+        if (one.keep_float, one.mix) == (last.keep_float, last.mix)
     ]
     left = budget.trials - len(outcomes)
     strength = _next_strength(budget.min_speedup, left, comparable)
     if strength is None or any(_alike(strength, one.strength) for one in comparable):
         return None
-    return _as(recipe, _section(recipe.prune, strength, unpruned_ms), last.keep_float)
+    section = _section(recipe.prune, strength, unpruned_ms)
+    return _as(recipe, section, last.keep_float, mix=last.mix)
 
 
-def _as(recipe: Recipe, prune: PruneSection | None, keep_float: tuple[str, ...]) -> Recipe:
+def _as(
+    recipe: Recipe, prune: PruneSection | None, keep_float: tuple[str, ...], *, mix: bool
+) -> Recipe:
     """Return the user's recipe with another strength of pruning and other layers in float."""
     if recipe.prune is not None and prune is not None:  # epochs are the user's again
         key, value = prune.how_much
         prune = recipe.prune.model_copy(update={key: value})
     update: JsonDict = {"prune": prune}
     if recipe.quantize is not None:
-        update["quantize"] = recipe.quantize.model_copy(update={"keep_float": keep_float})
+        update["quantize"] = recipe.quantize.model_copy(
+            update={"keep_float": keep_float, "mix": mix}
+        )
     return recipe.model_copy(update=update)
 
 

@@ -69,7 +69,6 @@ def trained(tmp_path_factory):
                 "mode": "ptq",
                 "calibration_samples": 60,
                 "unless_it_pays": "keep",
-                "mix": False,
             },
             verify=VERIFY,
         )

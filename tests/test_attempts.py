@@ -25,7 +25,7 @@ data: {source: digits, limit: 400}
 model: {name: digits-cnn, arguments: {widths: [16, 32, 32]}}
 train: {epochs: 3, batch_size: 16, optimizer: {name: adamw, lr: 0.01}}
 prune: {channel_ratio: 0.9, channel_multiple: 4, epochs: 0, unless_it_pays: keep}
-quantize: {mode: ptq, calibration_samples: 64, unless_it_pays: keep, mix: false}
+quantize: {mode: ptq, calibration_samples: 64, unless_it_pays: keep}
 verify: {samples: 32, min_agreement: 0.7}
 budget: {max_drop: 0.05, trials: 3}
 """

@@ -224,7 +224,6 @@ def test_student_may_take_another_normalization_than_its_teacher(
             "distill": True,
             "calibration_samples": 32,
             "unless_it_pays": "keep",
-            "mix": False,
         },
         verify={"min_agreement": 0.8},
     )

@@ -439,7 +439,7 @@ def test_mode_says_whether_the_model_is_calibrated_or_trained(
     monkeypatch.setattr(integers, "proved", proved)
     work = SimpleNamespace(
         recipe=SimpleNamespace(
-            quantize=QuantizeSection(mode=mode, mix=False, align=False),
+            quantize=QuantizeSection(mode=mode, align=False),
             seed=0,
             target="cpu",
             budget=None,

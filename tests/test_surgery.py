@@ -230,7 +230,7 @@ def surgery_recipe(tmp_path, surgery, rest=""):
         "data: {source: digits, limit: 300}\nmodel: {name: 'net.py:build'}\n"
         "train: {epochs: 1, batch_size: 16, optimizer: {name: adamw, lr: 0.01}}\n"
         f"surgery: {surgery}\n"
-        "quantize: {mode: ptq, calibration_samples: 64, unless_it_pays: keep, mix: false}\n"
+        "quantize: {mode: ptq, calibration_samples: 64, unless_it_pays: keep}\n"
         f"verify: {{samples: 32, min_agreement: 0.8}}\n{rest}"
     )
     return file

@@ -52,7 +52,14 @@ class World:
             )
             if limit is not None
         ]
-        return Outcome(tried.prune, math.exp(pruned), speedup, checks, unpruned_ms=WHOLE_MS)
+        return Outcome(
+            tried.prune,
+            math.exp(pruned),
+            speedup,
+            checks,
+            unpruned_ms=WHOLE_MS,
+            mix=tried.quantize.mix,
+        )
 
     def search(self, wanted):
         outcomes = []
@@ -96,8 +103,9 @@ def test_whatever_the_world_the_search_ends_and_repeats_nothing(
     outcomes = World(gain, slope, harm).search(wanted)
     assert 1 <= len(outcomes) <= 6
     assert not any(one.passed for one in outcomes[:-1])
-    strengths = [one.strength for one in outcomes]
-    assert all(abs(a - b) > 1e-3 for i, a in enumerate(strengths) for b in strengths[:i])
+    for mix in (False, True):
+        strengths = [one.strength for one in outcomes if one.mix == mix]
+        assert all(abs(a - b) > 1e-3 for i, a in enumerate(strengths) for b in strengths[:i])
     least = max(0.0, math.log(1.03 * min_speedup / gain))
     if harm * least**2 < 0.008 and least < 3:  # it can be held, with room for the margin
         assert outcomes[-1].passed
@@ -150,6 +158,17 @@ def test_without_pruning_only_integers_can_be_given_up():
     assert may_try_again(wanted)
     assert next_trial(wanted, [rounded(wanted, ("head",))]).quantize.keep_float == ("head",)
     assert next_trial(wanted, [rounded(wanted, ())]) is None
+
+
+def test_layers_that_are_faster_in_float_stay_there_where_no_pruning_brings_the_speed():
+    wanted = recipe("channel_ratio: 0.4", "max_drop: 0.5, min_speedup: 2.5, trials: 4")
+    wanted = wanted.model_copy(update={"prune": None})
+    slow = {"name": "min_speedup", "limit": 2.5, "value": 2.0, "passed": False, "why": ""}
+    second = next_trial(wanted, [Outcome(None, speedup=2.0, checks=[slow])])
+    assert second.quantize.mix
+    assert next_trial(wanted, [Outcome(None, speedup=2.2, checks=[slow], mix=True)]) is None
+    wrong = {"name": "max_drop", "limit": 0.5, "value": 0.6, "passed": False, "why": ""}
+    assert next_trial(wanted, [Outcome(None, speedup=2.0, checks=[slow, wrong])]) is None
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -26,7 +26,7 @@ data: {source: digits, limit: 300}
 model: {name: digits-cnn, arguments: {widths: [16, 16, 16]}}
 train: {epochs: 1, batch_size: 16, optimizer: {name: adamw, lr: 0.01}}
 prune: {channel_ratio: 0.3, channel_multiple: 4, epochs: 1, unless_it_pays: keep}
-quantize: {mode: qat, epochs: 1, calibration_samples: 64, unless_it_pays: keep, mix: false}
+quantize: {mode: qat, epochs: 1, calibration_samples: 64, unless_it_pays: keep}
 verify: {samples: 32, min_agreement: 0.8}
 """
 # The quickest run that exports: nothing is trained, and a dense net is calibrated.
@@ -36,7 +36,7 @@ name: calibrated
 task: image-classification
 data: {source: digits, limit: 300}
 model: {name: mlp, arguments: {hidden: [16]}}
-quantize: {mode: ptq, calibration_samples: 64, unless_it_pays: keep, mix: false}
+quantize: {mode: ptq, calibration_samples: 64, unless_it_pays: keep}
 verify: {samples: 32, min_agreement: 0.8}
 """
 STAGES = ("train", "prune", "quantize")

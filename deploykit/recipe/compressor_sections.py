@@ -145,9 +145,9 @@ class QuantizeSection(RecoverySection):
     )
     keep_float: Patterns = Field((), description="shell patterns of modules to leave in float")
     mix: bool = Field(
-        True,
+        False,
         description="layers that are not faster in integers stay in float as well, by measurement, "
-        "where this machine is the target",
+        "where this machine is the target; tried without asking where min_speedup is missed",
     )
     align: bool = Field(
         True,

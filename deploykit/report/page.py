@@ -159,6 +159,7 @@ def _trial_rows(trials: Sequence[Json]) -> list[dict[str, Any]]:
         told = ", ".join(
             [f"prune.{key} {value:g}" for key, value in pruned.items()]
             + [f"{name} in float" for name in one["keep_float"]]
+            + one.get("mix", False) * ["what is faster there in float"]
         )
         role = "final" if one["chosen"] else "passed" if one["passed"] else "refused"
         why = "; ".join(check["why"] for check in one["checks"] if not check["passed"])
