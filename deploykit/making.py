@@ -34,7 +34,7 @@ def shared_stages(work: Work, start: Candidate) -> tuple[Work, Course]:
         The work, fed as the last of them takes its samples, and the stages.
     """
     recipe = work.recipe
-    base = Course([proved(work, time.monotonic(), lambda: _train(start, work))])
+    base = Course([proved(work, time.monotonic(), lambda: train_stage(start, work))])
     if recipe.distill is not None:
         _distill(work, base, recipe.distill)
         work = work.fed_as(base.final.candidate)
@@ -75,7 +75,7 @@ def make_stages(work: Work, base: Course) -> Course:
     return course
 
 
-def _train(candidate: Candidate, work: Work) -> Candidate:
+def train_stage(candidate: Candidate, work: Work) -> Candidate:
     """Train the float model, if the recipe says so."""
     if work.recipe.train is None or work.recipe.train.epochs == 0:
         return candidate

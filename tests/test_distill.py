@@ -17,16 +17,17 @@ from deploykit.data import dataset_from_arrays, load_dataset
 from deploykit.distill import distill, student_plan
 from deploykit.errors import ModelError
 from deploykit.job import run_recipe
+from deploykit.making import train_stage
 from deploykit.models import fold_normalization
 from deploykit.models.build import call_factory
 from deploykit.models.normalization import renormalized
-from deploykit.pipeline import Work, train
 from deploykit.recipe import parse_recipe
 from deploykit.recipe.sections import DistillSection, GroupSection, ModelSection, TrainSection
 from deploykit.runtime import zero_point_and_scale
 from deploykit.start import initial_candidate, student_candidate, teacher_candidate
 from deploykit.structure import example_input, load_candidate
 from deploykit.train import Training
+from deploykit.work import Work
 
 slow = pytest.mark.slow
 
@@ -287,7 +288,7 @@ def test_train_learns_from_a_teacher_beside_the_labels(recipe, tmp_path):
     start, teacher = initial_candidate(taught, dataset, None), teacher_candidate(taught, dataset)
     training = Training(dataset, taught.train)
     work = Work(taught, None, None, dataset, training, teacher)
-    trained = train(start, work)
+    trained = train_stage(start, work)
     with torch.no_grad():
         answers = trained.module.eval()(example_input(trained, batch=16)).argmax(1)
     assert answers.eq(3).all()
