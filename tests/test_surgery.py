@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_resume_run import broken_files, run_until
-from tiny_run import measure_quickly, read_recipe, sha256
+from tiny_run import measure_quickly, read_recipe
 from tiny_training import tiny_dataset, tiny_plan, tiny_training
 from torch import nn
 from torch.nn import functional
@@ -270,13 +269,6 @@ def test_run_ships_a_model_without_slow_operators(tmp_path):
     assert details["surgery"]["removed"] == ["2"]
     operators = details["fusion"]["operators"]
     assert not {"QLinearSigmoid", "QLinearMul", "HardSwish", "QuickGelu"} & operators.keys()
-    stopped = tmp_path / "stopped"
-    assert run_until("SIGINT:stage_started surgery:1", file, stopped).returncode == 130
-    assert broken_files(stopped) == []
-    done = run_until("SIGKILL:never:1", file, stopped)
-    assert done.returncode == 0, done.stderr
-    for stage in ("surgery", "quantize"):
-        assert sha256(stopped / f"onnx/{stage}.onnx") == sha256(run.path / f"onnx/{stage}.onnx")
     bundle = deploykit.export(run, out=tmp_path / "bundle")
     told = subprocess.run(
         [sys.executable, "run.py", "selftest"], cwd=bundle, capture_output=True, text=True
