@@ -1,4 +1,4 @@
-"""The order of the stages: from a recipe to a run with a verified model and its report."""
+"""A whole run: from a recipe to a verified model and its report, in as many trials as it takes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ from deploykit.work import Work
 GOLDEN_SAMPLES = 16
 JUDGED = 32  # samples that tell which layers integers harm
 NOISE_STEP = 3.0  # dB that a trial with more layers in float is to gain
-DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says so
 
 
 def run_stages(

@@ -1,8 +1,8 @@
 """The surgery stage: operators that integers run slowly give way to ones that cost nothing.
 
-ONNX Runtime computes hard-swish and SiLU on integers as two or three operators each; ReLU6
-vanishes into the range of the integers before it. Squeeze-and-excite reads and writes its whole
-tensor once more, for a product that is nearly constant. EfficientNet-Lite left out both for this
+ONNX Runtime computes hard-swish and SiLU on integers as two operators each; ReLU6 vanishes into
+the range of the integers before it. Squeeze-and-excite reads and writes its whole tensor once
+more. EfficientNet-Lite left out both for this
 reason (https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite).
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import CompressionError
+from deploykit.layer_shapes import is_inside
 from deploykit.models.patterns import match_modules
 from deploykit.models.surgery import (
     count_slow_activations,
     find_activations,
     find_gates,
-    outside,
     remove_gate,
     replace_operators,
 )
@@ -67,6 +67,7 @@ def operate(candidate: Candidate, training: Training, section: SurgerySection) -
     )
     relu6, removed = len(surgery["relu6"]), len(surgery["removed"])
     why = f"{relu6} activations became ReLU6, {removed} squeeze-and-excites went"
+    why += _reasons(left_alone, "; left alone: ")
     notes: JsonDict = {
         "surgery": {**surgery, "left_alone": left_alone},
         "why": why,
@@ -105,13 +106,13 @@ def replaced(
                 left_alone[name] = "no layer beside it can take its mean factor"
     relu6 = []
     if section.activations:
-        found = outside(find_activations(module), removed)
+        found = [name for name in find_activations(module) if not is_inside(name, removed)]
         relu6 = [name for name in found if name not in protected]
         left_alone |= dict.fromkeys(sorted(set(found) - set(relu6)), "the recipe protects it")
     if not relu6 and not removed:
         raise CompressionError(
             "surgery: expected modules that compute hard-swish or SiLU, or squeeze-and-excites, "
-            f"got none{_reasons(left_alone)}; remove the section"
+            f"got none{_reasons(left_alone, ': ')}; remove the section"
         )
     surgery = {"relu6": relu6, "removed": removed}
     replace_operators(module, surgery)
@@ -122,9 +123,10 @@ def replaced(
     return replace(candidate, module=module, structure=structure, stage="surgery"), left_alone
 
 
-def _reasons(left_alone: dict[str, str]) -> str:
-    told = "; ".join(f"{name}: {why}" for name, why in left_alone.items())
-    return f" ({told})" if told else ""
+def _reasons(left_alone: dict[str, str], before: str) -> str:
+    """Say what was left alone and why, to end a sentence; nothing where nothing was."""
+    told = ", ".join(f"{name} ({why})" if name else why for name, why in left_alone.items())
+    return f"{before}{told}" if told else ""
 
 
 def _samples(candidate: Candidate, training: Training) -> list[Tensor]:

@@ -4,8 +4,7 @@ The recipe as it stands is the first trial. Where accuracy is missing, the next 
 what cost the most of it: it prunes less, just enough to be as fast as the budget asks (or half as
 much where it asks for no speed), or leaves the layers in float that integers harm most. Where
 speed is missing, it prunes more; where that is no way, layers stay in float that are faster there.
-Such a search needs few trials, because the latency of each was
-measured.
+Such a search needs few trials, because the latency of each was measured.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from tiny_run import measure_quickly, read_recipe
-from tiny_training import tiny_dataset, tiny_plan, tiny_training
+from tiny_training import same_bits, state_of, tiny_dataset, tiny_plan, tiny_training
 from torch import nn
 from torch.nn import functional
 
@@ -174,6 +174,23 @@ def test_gate_without_such_a_neighbour_stays_and_is_named(gated):
     assert count_slow_activations(gated, images()) == 4, "the candidate stays as it was"
 
 
+def test_factor_that_others_would_miss_is_not_folded():
+    """A convolution reads the gate's output, but so does a sum: its weights are not all."""
+
+    class Residual(Gated):
+        def forward(self, x):
+            x = self.gate1(self.swish(self.first(x)))
+            return self.last((self.norm(self.second(x)) + x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    module = Residual().eval()
+    gate = find_gates(module, [images()])["gate1"]
+    assert gate.readers == ["second"]
+    before = state_of(module)
+    assert remove_gate(module, "gate1", gate, images(2)) == ""
+    assert same_bits(state_of(module), before)
+
+
 def test_protected_and_unwanted_parts_stay(gated):
     candidate = gated_candidate(gated)
     section = SurgerySection(protect=("gate*", "silu"))
@@ -217,7 +234,10 @@ def test_recovery_trains_what_was_replaced(gated):
     training = tiny_training(plan=tiny_plan(average=None))
     operated = operate(gated_candidate(gated), training, SurgerySection(epochs=1))
     assert operated.stage == "surgery"
-    assert operated.notes["why"] == "3 activations became ReLU6, 2 squeeze-and-excites went"
+    assert operated.notes["why"] == (
+        "3 activations became ReLU6, 2 squeeze-and-excites went; "
+        "left alone: gate3 (no layer beside it can take its mean factor)"
+    )
     assert len(operated.notes["recovery"]) == 1
 
 

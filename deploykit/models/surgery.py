@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
@@ -268,8 +268,3 @@ def _answer(module: nn.Module, example: Tensor) -> Tensor:
     with torch.no_grad(), evaluating(module):
         answer: Tensor = module(example)
     return answer
-
-
-def outside(names: Iterable[str], modules: Collection[str]) -> list[str]:
-    """Return those names that are none of the modules and stand in none of them."""
-    return [name for name in names if not is_inside(name, modules)]

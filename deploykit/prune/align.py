@@ -1,8 +1,9 @@
 """The inverse of pruning: channels of zeros, where kernels are faster for a rounder width.
 
-ONNX Runtime's depthwise kernels compute blocks of channels, and fall back to a slow path where
-the last block is not full: 72 channels can take three times as long as 80. Channels whose weights
-are zero, those of all layers that read them included, change nothing else.
+A depthwise layer whose last block of 16 channels is not full takes about twice as long in ONNX
+Runtime's integers (x86 with VNNI) as one with the next full block: 1.8 to 2.4 times for 72 against
+80, 88 against 96 and 120 against 128 channels, as `LayerTimes` measures them. Channels whose
+weights are zero, those of all layers that read them included, change nothing else.
 """
 
 from __future__ import annotations
