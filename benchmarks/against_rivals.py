@@ -122,7 +122,7 @@ def search_cost(run: RunFolder, report: JsonDict, cache: Path) -> list[Figure]:
     seconds, measured = [], []
     for _ in range(2):
         times = LayerTimes.open(cache, recipe.threads)
-        latency = LatencyCost(start, target, quantized=recipe.quantize is not None, times=times)
+        latency = LatencyCost(start, target, recipe.precision_on(target), times=times)
         begun = time.monotonic()
         prune(start, Training(dataset), section, target=target, latency=latency)
         seconds.append(time.monotonic() - begun)

@@ -149,9 +149,9 @@ def cases(architecture: Architecture, count: int, times: LayerTimes) -> Iterator
     generator = np.random.default_rng(0)
     plans = [draw(landscape, target.channel_multiple, generator) for _ in range(count)]
     for precision in ("int8", "fp32"):
-        cost = LatencyCost(candidate, target, quantized=precision == "int8", times=times)
+        cost = LatencyCost(candidate, target, precision, times=times)
         for plan in plans:
-            module, _ = carry_out(candidate.module, example, plan, rules)
+            module, _ = carry_out(candidate.module, example, plan, landscape, rules)
             predicted = cost.predict(landscape.narrowed(plan.channels), plan.removed)
             measured = cost.measure(module, plan.removed)
             case = Case(architecture.name, precision, cost.model.measured_ms, predicted, measured)

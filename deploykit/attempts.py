@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from deploykit.artifacts import JsonDict
 from deploykit.course import Course
 from deploykit.decisions import check_budget, validation_drop
+from deploykit.errors import DeploykitError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.measure import Latency
-from deploykit.recipe.sections import Recipe
+from deploykit.recipe.sections import QuantizeSection, Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.trials import Outcome, may_try_again, next_trial
+
+MADE = ("final", "validation_accuracy", "size_bytes")  # what a trial tells of its model
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Trial:
 
     def to_json(self) -> JsonDict:
         """Return plain JSON for the report."""
+        if self.outcome.failed:
+            return {**self.outcome.to_json(), **dict.fromkeys(MADE), "latency_ms": {}}
         final = self.course.final
         latency = self.measured[final.name]["latency"] if self.measured else {}
         return {
@@ -81,6 +86,14 @@ def outcome_of(recipe: Recipe, course: Course, measured: Mapping[str, JsonDict])
         drop=validation_drop(course.stages[0], last)[0],
         unpruned_ms=unpruned[0] if unpruned else None,
         mix=recipe.quantize is not None and recipe.quantize.mix,
+    )
+
+
+def failed_outcome(recipe: Recipe, error: DeploykitError) -> Outcome:
+    """Say why a trial of ``recipe`` brought no model."""
+    integers = recipe.quantize or QuantizeSection()
+    return Outcome(
+        recipe.prune, keep_float=integers.keep_float, mix=integers.mix, failed=str(error)
     )
 
 

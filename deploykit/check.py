@@ -23,11 +23,12 @@ QAT_COST = 2.0  # steps of quantization-aware training take about twice as long
 PROOF_SECONDS = 15.0  # export, verification and measurement of a stage
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
+def check_recipe(recipe: Recipe, *, replayed: bool = False) -> list[str]:
     """Read the data, build and trace the model, and say what a run would do.
 
     Args:
         recipe: with absolute paths.
+        replayed: whether the latencies come from elsewhere.
 
     Returns:
         Sentences for the reader, the last one with an estimate of the time.
@@ -35,7 +36,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     Raises:
         DeploykitError: whatever the run itself would raise before it trains.
     """
-    check_speed_can_be_judged(recipe, replayed=False)
+    check_speed_can_be_judged(recipe, replayed=replayed)
     target = resolve_target(recipe.target)
     dataset = read_data(recipe)
     candidate = initial_candidate(recipe, dataset, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -91,8 +92,9 @@ def compress(
     ] = False,
 ) -> None:
     """Train, prune and quantize a model as a recipe says."""
+    replay = None if latency_table is None else _read_latencies(latency_table)
     if check:
-        _check(recipe, overrides or [])
+        _check(recipe, overrides or [], replayed=replay is not None)
         return
     if out is None:
         raise UsageError("--out: expected a folder for the run, got none; add --out runs/NAME")
@@ -107,7 +109,7 @@ def compress(
         overrides=overrides or [],
         force=force,
         resume=resume,
-        replay=None if latency_table is None else _read_latencies(latency_table),
+        replay=replay,
         progress=ConsoleProgress(),
         commands=[_command()],
     )
@@ -125,9 +127,10 @@ def export(
     force: Force = False,
 ) -> None:
     """Write the verified bundle of a finished run."""
+    from deploykit.progress import ConsoleProgress
     from deploykit.ship import export_run
 
-    export_run(run, out, target=target, force=force)
+    export_run(run, out, target=target, force=force, progress=ConsoleProgress())
     typer.echo(f"bundle: {out}  (verified)")
 
 
@@ -196,14 +199,14 @@ def doctor(
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
-def _check(recipe_file: Path, overrides: list[str]) -> None:
+def _check(recipe_file: Path, overrides: list[str], *, replayed: bool) -> None:
     from deploykit.recipe import load_recipe
     from deploykit.recipe.paths import with_absolute_paths
 
     recipe = with_absolute_paths(load_recipe(recipe_file, overrides), recipe_file.parent)
     from deploykit.check import check_recipe
 
-    for line in check_recipe(recipe):
+    for line in check_recipe(recipe, replayed=replayed):
         typer.echo(line)
     typer.echo("the recipe is sound; nothing was written")
 
@@ -222,11 +225,15 @@ def _print_result(report: dict[str, object]) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["deploykit", *sys.argv[1:]])
+    told = shlex.join(["deploykit", *sys.argv[1:]])
+    return told.encode("utf-8", "backslashreplace").decode()  # a name may be any bytes
 
 
 def main() -> None:
     """Run the command line; the only place that catches errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     try:
         status = app(standalone_mode=False)
     except DeploykitError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from deploykit.artifacts import JsonDict
-from deploykit.measure import Latency
+from deploykit.measure import Evaluation, Latency
 from deploykit.recipe.sections import BudgetSection
 from deploykit.stages import Stage
 from deploykit.statistics import paired_drop
@@ -33,7 +33,7 @@ def ptq_decision(
     if budget is not None and budget.max_drop is not None:
         allowed = budget.max_drop
     drop, (low, high) = validation_drop(baseline, calibrated)
-    kept = drop <= allowed
+    kept = judged_drop(budget, baseline.validation, calibrated.validation) <= allowed
     return Decision(
         "quantize",
         kept=kept,
@@ -94,11 +94,19 @@ def stage_decision(
     )
 
 
-def validation_drop(
-    before: Stage, after: Stage, confidence: float = 0.95
-) -> tuple[float, tuple[float, float]]:
+def validation_drop(before: Stage, after: Stage) -> tuple[float, tuple[float, float]]:
     """Return the loss of validation accuracy from ``before`` to ``after``, and its interval."""
-    return paired_drop(before.validation.correct, after.validation.correct, confidence)
+    return paired_drop(before.validation.correct, after.validation.correct)
+
+
+def judged_drop(budget: BudgetSection | None, before: Evaluation, after: Evaluation) -> float:
+    """Return the loss of accuracy that a budget judges.
+
+    The upper end of its interval where the budget asks for confidence, else the loss itself.
+    """
+    confidence = None if budget is None else budget.confidence
+    value, (_, high) = paired_drop(before.correct, after.correct, confidence or 0.95)
+    return value if confidence is None else high
 
 
 def check_budget(
@@ -125,8 +133,7 @@ def check_budget(
 
 def _drop_check(budget: BudgetSection, baseline: Stage, final: Stage) -> JsonDict:
     assert budget.max_drop is not None
-    value, interval = validation_drop(baseline, final, budget.confidence or 0.95)
-    judged = value if budget.confidence is None else interval[1]
+    judged = judged_drop(budget, baseline.validation, final.validation)
     how = "" if budget.confidence is None else f" (upper end at {budget.confidence:.0%})"
     return {
         "name": "max_drop",

@@ -42,7 +42,7 @@ def quantize_stage(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, s
         if section.mode == "ptq":
             return stage, why + told
         decision = ptq_decision(baseline, stage, recipe.budget, DEFAULT_MAX_DROP)
-        if decision.kept:
+        if decision.kept or not section.epochs:
             return stage, decision.why + told
         why = decision.why
     stage = proved(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from deploykit.latency_parts import Part, latency_parts
 from deploykit.layer_shapes import LayerShape, is_inside, layer_shapes
 from deploykit.measure import Latency, measure_latency
 from deploykit.measure.layer_times import LayerTimes
+from deploykit.precision import convert
 from deploykit.publish import write_json
 from deploykit.quantize import calibrate, random_samples
 from deploykit.structure import example_input
@@ -111,16 +112,18 @@ class LatencyCost:
     Attributes:
         candidate: a float one, whole.
         target: this machine's, or one whose kernels it has.
-        quantized: whether it ships in integers; ranges do not change the latency, so that a few
-            random samples are enough to set them.
+        precision: in which it ships: int8, fp32, fp16 or bf16. Ranges of integers do not change
+            the latency, so that a few random samples are enough to set them.
         times: the table of layers.
+        keep_float: shell patterns of layers that ship in float beside integers.
         record: file of the run; None keeps nothing.
     """
 
     candidate: Candidate
     target: Target
-    quantized: bool
+    precision: str
     times: LayerTimes
+    keep_float: Sequence[str] = ()
     record: Path | None = None
     _known: bool = False
     _profile: Profile | None = None
@@ -151,7 +154,8 @@ class LatencyCost:
     def speedup(self, module: nn.Module, removed: Collection[str] = ()) -> float:
         """Return how many times faster than the whole model a pruned one is, as they ship."""
         key = json.dumps([read_widths(module), sorted(removed)], sort_keys=True)
-        pruned = replace(self.candidate, module=module)
+        structure = {**self.candidate.structure, "removed": sorted(removed)}
+        pruned = replace(self.candidate, module=module, structure=structure)
         return self._speedup(sha256(key.encode()).hexdigest(), pruned, lambda one: one.ratio)
 
     def compare(self, candidate: Candidate) -> float:
@@ -210,8 +214,15 @@ class LatencyCost:
         return Profile(measured_ms, parts, frozenset(integer))
 
     def _ship(self, candidate: Candidate, path: Path) -> OnnxModel:
-        if self.quantized:
-            candidate = calibrate(candidate, random_samples(candidate), target=self.target)
+        if self.precision == "int8":
+            candidate = calibrate(
+                candidate,
+                random_samples(candidate),
+                target=self.target,
+                keep_float=self.keep_float,
+            )
+        elif self.precision != "fp32":
+            candidate = convert(candidate, self.precision)
         return export_onnx(candidate, path, name="model")
 
     def _keep(self) -> None:
@@ -244,6 +255,7 @@ class LatencyCost:
             return
         found = json.loads(self.record.read_text(encoding="utf-8"))
         self.times.costs.update(found["layers"])
+        self.times.asked.update(found["layers"])
         self._speedups.update(found["speedups"])
         if (profile := found["profile"]) is not None:
             parts = tuple(Part(**part) for part in profile["parts"])

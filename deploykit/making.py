@@ -10,7 +10,7 @@ from dataclasses import replace
 from deploykit.artifacts import Candidate, JsonDict
 from deploykit.cluster import cluster
 from deploykit.course import Course
-from deploykit.decisions import validation_drop
+from deploykit.decisions import judged_drop
 from deploykit.distill import distill
 from deploykit.integers import quantize_stage
 from deploykit.latency_model import LatencyCost
@@ -103,7 +103,7 @@ def _operate(work: Work, course: Course, section: SurgerySection) -> None:
     _compress(work, course, section, lambda before: operate(before, work.training, section))
     stage, budget = course.stages[-1], work.recipe.budget
     allowed = None if budget is None else budget.max_drop
-    drop, _ = validation_drop(course.origin[stage.name], stage)
+    drop = judged_drop(budget, course.origin[stage.name].validation, stage.validation)
     if allowed is not None and drop > allowed and stage.name not in course.refused:
         course.refuse(stage, section, f"a drop of {drop:.2%}, {allowed:.2%} allowed")
 
@@ -140,7 +140,10 @@ def judge_integers(course: Course, recipe: Recipe, measured: Mapping[str, JsonDi
     if recipe.quantize is None or measured[stage.name]["latency"]["1"] is None:
         return
     after, before = (
-        Latency.from_json(measured[one.name]["latency"]["1"]).ratio
+        Latency.from_json(measured[one.name]["latency"]["1"])
         for one in (stage, course.origin[stage.name])
     )
-    course.judge(stage, recipe.quantize, after / before)
+    (low, high), (least, most) = after.interval, before.interval
+    between = replace(after, ratio=after.ratio / before.ratio, interval=(low / most, high / least))
+    undecided = between.verdict == "undecided"
+    course.judge(stage, recipe.quantize, 1.0 if undecided else between.ratio)

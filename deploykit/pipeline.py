@@ -14,6 +14,7 @@ from deploykit.attempts import (
     Attempt,
     Trial,
     adopt,
+    failed_outcome,
     outcome_of,
     try_until_it_holds,
     what_fell_short,
@@ -22,12 +23,12 @@ from deploykit.bundle_files import Golden, golden_files
 from deploykit.course import Course
 from deploykit.data import Dataset
 from deploykit.decisions import stage_decision
-from deploykit.errors import BudgetError, CompressionError, DataError, VerificationError
+from deploykit.errors import BudgetError, DataError, ModelError, VerificationError
 from deploykit.interrupt import raise_if_stopped
 from deploykit.making import judge_integers, make_stages, shared_stages
 from deploykit.progress import Progress
 from deploykit.publish import publish_folder
-from deploykit.recipe.sections import QuantizeSection, Recipe, TrainSection
+from deploykit.recipe.sections import Recipe, TrainSection
 from deploykit.report import write_report
 from deploykit.run_folder import RunFolder
 from deploykit.run_report import make_report
@@ -36,7 +37,7 @@ from deploykit.sensitivity import Sensitivity, layers_to_keep_float, quantizatio
 from deploykit.stages import Stage, is_quantized, measure_stages
 from deploykit.start import student_candidate, teacher_candidate
 from deploykit.train import Training
-from deploykit.trials import Outcome, best_trial, described, may_try_again
+from deploykit.trials import best_trial, described, may_try_again
 from deploykit.work import Work
 
 GOLDEN_SAMPLES = 16
@@ -134,24 +135,18 @@ def _attempt(work: Work, base: Course, replay: Sequence[Mapping[str, JsonDict]] 
         if number > 1:
             one = replace(one, training=one.training.in_folder(f"trial-{number}"))
             work.say(f"trial {number}: {described(recipe)}")
+        known = None if replay is None else replay[number - 1]
+        measured: Mapping[str, JsonDict] = {}
         try:
             course = make_stages(one, base)
-        except (CompressionError, VerificationError) as error:
+            raise_if_stopped("measuring")
+            work.say("measuring latency")
+            measured = measure_stages(course.stages, recipe, folder, known)
+            judge_integers(course, recipe, measured)
+        except (BudgetError, ModelError, VerificationError) as error:
             if number == 1:  # the recipe itself asks for what cannot be
                 raise
-            integers = recipe.quantize or QuantizeSection()
-            outcome = Outcome(
-                recipe.prune,
-                keep_float=integers.keep_float,
-                mix=integers.mix,
-                failed=str(error),
-            )
-            return Trial(folder, base, {}, outcome)
-        raise_if_stopped("measuring")
-        work.say("measuring latency")
-        known = None if replay is None else replay[number - 1]
-        measured = measure_stages(course.stages, recipe, folder, known)
-        judge_integers(course, recipe, measured)
+            return Trial(folder, base, measured, failed_outcome(recipe, error))
         outcome = outcome_of(recipe, course, measured)
         if not outcome.holds("max_drop") and is_quantized(course.final):
             outcome = replace(outcome, sensitive=_rather_in_float(one, course.final.candidate))

@@ -184,7 +184,8 @@ def train_quantized(
 def _kept(candidate: Candidate, patterns: Sequence[str]) -> frozenset[str]:
     if not patterns:
         return frozenset()
-    return match_layers(trace(candidate.module, example_input(candidate, batch=2)).graph, patterns)
+    graph = trace(candidate.module, example_input(candidate, batch=2)).graph
+    return match_layers(graph, patterns, all_there=not candidate.structure.get("removed"))
 
 
 def _freezing(section: QuantizeSection, epochs: int) -> Callable[[nn.Module, int, int], None]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,16 +13,17 @@ from deploykit.data import Dataset
 from deploykit.data.arrays import ArraySamples
 from deploykit.data.dataset import Split
 from deploykit.data.table import rows_of
+from deploykit.decisions import judged_drop
 from deploykit.errors import BudgetError, DeploykitError, ModelError, VerificationError
 from deploykit.exporter import export_onnx
 from deploykit.job import read_data
-from deploykit.measure import evaluate_onnx, size_bytes
+from deploykit.measure import Evaluation, evaluate_onnx, size_bytes
 from deploykit.precision import convert
 from deploykit.quantize import calibrate
 from deploykit.recipe.sections import QuantizeSection, Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.statistics import paired_drop
-from deploykit.structure import load_candidate
+from deploykit.structure import load_candidate, read_structure
 from deploykit.targets import Target
 from deploykit.verify import verify_onnx
 
@@ -75,7 +76,7 @@ def make_for(
             source,
             samples,
             target=target,
-            keep_float=section.keep_float,
+            keep_float=_kept_in_float(run, section),
             min_sqnr=section.min_sqnr,
         )
     else:
@@ -89,7 +90,7 @@ def make_for(
 
 
 def _float_candidate(run: RunFolder, recipe: Recipe, target: Target) -> Candidate:
-    stage = _newest_float(run)
+    stage = _kept_stages(run, {"quantize", "convert"})[-1]
     if recipe.model.name.startswith("python:") and not run.candidate(stage).exists():
         raise VerificationError(
             f"{run.path}: expected a float candidate to make a model for {target.name}, got one "
@@ -98,11 +99,19 @@ def _float_candidate(run: RunFolder, recipe: Recipe, target: Target) -> Candidat
     return load_candidate(run.candidate(stage), base=Path())
 
 
-def _newest_float(run: RunFolder) -> str:
-    """Name the last float stage that was kept."""
+def _kept_stages(run: RunFolder, without: Collection[str] = ()) -> list[str]:
+    """Name the stages that the shipped model has gone through, in order."""
     report = run.read_json("report.json") or {}
     kept: list[str] = [one["stage"] for one in report.get("decisions", ()) if one["kept"]]
-    return ["train", *(stage for stage in kept if stage not in {"quantize", "convert"})][-1]
+    return ["train", *(stage for stage in kept if stage not in without)]
+
+
+def _kept_in_float(run: RunFolder, section: QuantizeSection) -> Sequence[str]:
+    """Name the layers that the run left in float, by the recipe's word or on its own."""
+    if "quantize" not in _kept_stages(run):
+        return section.keep_float
+    kept: Sequence[str] = read_structure(run.candidate("quantize"))["quantization"]["keep_float"]
+    return kept
 
 
 def _calibration(run: RunFolder, candidate: Candidate) -> np.ndarray:
@@ -140,20 +149,23 @@ def _accuracies(run: RunFolder, recipe: Recipe, model: OnnxModel, target: Target
         return dict.fromkeys(("accuracy", "accuracy_drop", "accuracy_drop_interval"))
     baseline = OnnxModel(run.onnx("train"), model.signature, model.opset)
 
-    def drop(split: Split) -> tuple[float, Any, float]:
-        before = evaluate_onnx(baseline, split, threads=recipe.threads)
-        after = evaluate_onnx(model, split, threads=recipe.threads)
-        return *paired_drop(before.correct, after.correct), after.accuracy
+    def answers(split: Split) -> list[Evaluation]:
+        return [evaluate_onnx(one, split, threads=recipe.threads) for one in (baseline, model)]
 
     allowed = None if recipe.budget is None else recipe.budget.max_drop
-    lost, _, _ = drop(dataset.validation)
+    lost = judged_drop(recipe.budget, *answers(dataset.validation))
     if allowed is not None and lost > allowed:
         raise BudgetError(
             f"budget: expected a validation drop of at most {allowed:.2%}, got {lost:.2%} when "
             f"made for {target.name}; run compress with --set target={target.name}"
         )
-    value, interval, accuracy = drop(dataset.test)
-    return {"accuracy": accuracy, "accuracy_drop": value, "accuracy_drop_interval": list(interval)}
+    before, after = answers(dataset.test)
+    value, interval = paired_drop(before.correct, after.correct)
+    return {
+        "accuracy": after.accuracy,
+        "accuracy_drop": value,
+        "accuracy_drop_interval": list(interval),
+    }
 
 
 def _same_data(run: RunFolder, recipe: Recipe) -> Dataset | None:

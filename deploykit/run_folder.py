@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,17 @@ class RunFolder:
         """Raw training samples that other targets are calibrated with."""
         return self.path / "calibration.npy"
 
-    def latencies(self, stage: str) -> Path:
-        """Return the file of what ``stage`` has measured, written before it decides by it."""
-        return self.path / ("latencies.json" if stage == "prune" else f"latencies-{stage}.json")
+    def latencies(self, stage: str, keep_float: Sequence[str] = ()) -> Path:
+        """Return the file of what ``stage`` has measured, written before it decides by it.
+
+        Args:
+            stage: which one.
+            keep_float: patterns of the layers in float that it was measured with.
+        """
+        parts = ["latencies", *([stage] if stage != "prune" else [])]
+        if keep_float:
+            parts.append(sha256("\n".join(keep_float).encode()).hexdigest()[:8])
+        return self.path / f"{'-'.join(parts)}.json"
 
     @property
     def golden(self) -> Path:

@@ -16,6 +16,7 @@ from deploykit.artifacts import JsonDict, OnnxModel, Signature
 from deploykit.bundle import Golden, write_bundle
 from deploykit.environment import environment
 from deploykit.errors import BudgetError, ModelError, VerificationError
+from deploykit.progress import Progress
 from deploykit.publish import refuse_existing
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
@@ -39,7 +40,14 @@ class Shipment:
     golden: Golden
 
 
-def export_run(run: Path, out: Path, *, target: str | None = None, force: bool = False) -> Path:
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    target: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """Write the bundle of a finished run.
 
     The model is the file that the run measured, found by its hash. Only for a target that
@@ -51,6 +59,7 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
         out: the bundle's folder.
         target: where it will run; default: the recipe's.
         force: replace a bundle that stands at ``out``.
+        progress: who is told what could not be proven again; default: nobody.
 
     Returns:
         ``out``.
@@ -80,6 +89,12 @@ def export_run(run: Path, out: Path, *, target: str | None = None, force: bool =
         else:
             path = Path(scratch) / "model.onnx"
             shipment = _made_anew(folder, recipe, report, wanted, precision, path)
+            if progress is not None and shipment.measured["accuracy"] is None:
+                progress.message(
+                    f"warning: the data of {run} cannot be read again, or are others by now: "
+                    f"what was made for {wanted.name} agrees with torch, but its accuracy is "
+                    "unknown and was held to no budget"
+                )
         return write_bundle(
             shipment.model,
             out,

@@ -101,12 +101,21 @@ def measure_stages(
     if replay is None:
         measured = _measured(stages, recipe)
     else:
-        measured = {stage.name: replay[stage.name] for stage in stages}
+        measured = {stage.name: _replayed(stage.name, replay) for stage in stages}
     run.write_json(
         "measurements.json",
         {"schema": 1, "models": written, "threads": recipe.threads, "stages": measured},
     )
     return measured
+
+
+def _replayed(stage: str, replay: Mapping[str, JsonDict]) -> JsonDict:
+    if stage not in replay:
+        raise UsageError(
+            f"--latency-table: expected measurements of {stage} in this trial, got only those of "
+            f"{', '.join(replay)}; take the measurements.json of this recipe, or --resume without"
+        )
+    return replay[stage]
 
 
 def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
@@ -154,7 +163,8 @@ def read_measurements(path: Path) -> list[dict[str, JsonDict]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         trials: list[dict[str, JsonDict]] = content.get("trials") or [content["stages"]]
         for measured in [one for stages in trials for one in stages.values()]:
-            int(measured["peak_memory_bytes"])
+            if measured["peak_memory_bytes"] is not None:  # as on a GPU
+                int(measured["peak_memory_bytes"])
             for batch in BATCHES:
                 Latency.from_json(measured["latency"][batch])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

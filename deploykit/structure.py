@@ -97,6 +97,16 @@ def load_candidate(folder: Path, *, base: Path) -> Candidate:
     return candidate
 
 
+def read_structure(folder: Path) -> Mapping[str, Any]:
+    """Return the structure of the candidate in ``folder``.
+
+    Raises:
+        ModelError: damaged, or written by a newer version.
+    """
+    structure: Mapping[str, Any] = _read(folder / STRUCTURE)["structure"]
+    return structure
+
+
 def rebuild(structure: Mapping[str, Any], *, base: Path) -> nn.Module:
     """Build the module that ``structure`` describes, with fresh weights.
 

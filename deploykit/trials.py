@@ -178,6 +178,8 @@ def _prune_otherwise(recipe: Recipe, outcomes: Sequence[Outcome]) -> Recipe | No
     ]
     left = budget.trials - len(outcomes)
     strength = _next_strength(budget.min_speedup, left, comparable)
+    if strength is not None and recipe.prune.how_much[0] == "channel_ratio":
+        strength = min(strength, MOST_CHANNELS)
     if strength is None or any(_alike(strength, one.strength) for one in comparable):
         return None
     section = _section(recipe.prune, strength, unpruned_ms)
@@ -219,7 +221,8 @@ def _next_strength(
         return last.strength / 2 if left > 1 else 0.0
     # Between what was too slow and what was not accurate.
     low = max((one.strength for one in outcomes if not one.holds("min_speedup")), default=-1.0)
-    high = min((one.strength for one in outcomes if not one.holds("max_drop")), default=math.inf)
+    too_strong = [one.strength for one in outcomes if one.failed or not one.holds("max_drop")]
+    high = min(too_strong, default=math.inf)
     for margin in (MARGIN, 1.0):
         wanted = _for_speed(min_speedup * margin, last)
         if wanted is None or low >= high:
@@ -268,7 +271,7 @@ def _section(
         return None
     key = section.how_much[0]
     if key == "channel_ratio":
-        value = min(strength, MOST_CHANNELS)
+        value = strength
     elif key == "latency_ms":
         if unpruned_ms is None:
             return None

@@ -16,13 +16,14 @@ from deploykit.artifacts import Candidate, JsonDict, OnnxModel
 from deploykit.errors import VerificationError
 from deploykit.precision import EXACTNESS, Exactness, HalfArithmetic, precision_of
 from deploykit.quantization.deployable import candidate_graph, deployable
-from deploykit.quantization.rules import NORM, kernels, module_of
+from deploykit.quantization.rules import NORM, kernels, module_of, moves
 from deploykit.recipe.sections import VerifySection
 
 if TYPE_CHECKING:
     from deploykit.data.dataset import Split
 
 BATCH_SIZES = (1, 2, 7, 64)
+FEW = 8  # samples that tell of single values
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
@@ -76,7 +77,8 @@ def verify_onnx(
     except runtime.RunnerError as error:
         raise VerificationError(f"{candidate.stage}: {error}; export the model anew") from error
     exactness = EXACTNESS[precision]
-    parity = _compare(np.concatenate(expected), np.concatenate(answered), graph, section, exactness)
+    step = _output_step(candidate, graph, split)
+    parity = _compare(np.concatenate(expected), np.concatenate(answered), step, section, exactness)
     # Written so that a comparison with NaN fails.
     if not (parity.agreement >= section.min_agreement and parity.max_steps <= parity.allowed_steps):
         layer = first_divergence(
@@ -107,14 +109,14 @@ def _batches(count: int) -> list[np.ndarray]:
 def _compare(
     expected: np.ndarray,
     answered: np.ndarray,
-    graph: GraphModule,
+    step: float | None,
     section: VerifySection,
     exactness: Exactness,
 ) -> Parity:
-    integer_scale, allowed = _output_scale(graph), section.max_steps
+    allowed = section.max_steps
     numbers = np.where(np.isfinite(expected), expected, 0)  # fp16 can overflow
-    scale = integer_scale or max(float(np.ptp(numbers)) / 255, float(np.finfo(np.float32).tiny))
-    if integer_scale is None:
+    scale = step or max(float(np.ptp(numbers)) / 255, float(np.finfo(np.float32).tiny))
+    if step is None:
         allowed = min(allowed, exactness.steps)
     difference = float(np.abs(expected - answered).max())
     return Parity(
@@ -127,14 +129,52 @@ def _compare(
     )
 
 
-def _output_scale(graph: GraphModule) -> float | None:
-    """Return the scale of the integers that the graph's output is made from."""
-    output = next(iter(graph.graph.output_node().all_input_nodes), None)
-    while output is not None and output.op == "call_function":
-        if "dequantize_per_tensor" in str(output.target):
-            return float(output.args[1])  # type: ignore[arg-type]
-        output = output.all_input_nodes[0] if len(output.all_input_nodes) == 1 else None
+def _output_step(candidate: Candidate, graph: GraphModule, split: Split) -> float | None:
+    """Return how far the output moves where the integers that it is made from move by a step.
+
+    None where it is not made from integers, or by a layer.
+    """
+    layers, only_moved = set(kernels(graph.graph)), True
+    node = next(iter(graph.graph.output_node().all_input_nodes), None)
+    while node is not None and node.op == "call_function" and node not in layers:
+        if "dequantize_per_tensor" in str(node.target):
+            scale = float(node.args[1])  # type: ignore[arg-type]
+            inputs = split.load(np.arange(min(FEW, len(split))))
+            return scale if only_moved else _carried(candidate, graph, node, scale, inputs)
+        only_moved = only_moved and moves(node)
+        sources = [one for one in node.all_input_nodes if one.op != "get_attr"]
+        node = sources[0] if len(sources) == 1 else None
     return None
+
+
+def _carried(
+    candidate: Candidate, graph: GraphModule, source: Node, scale: float, inputs: np.ndarray
+) -> float | None:
+    """Return the largest change of the output when values of ``source`` rise or fall by ``scale``.
+
+    A softmax or a temperature behind the last integers makes steps smaller or larger.
+    """
+    from deploykit.data.pixels import normalize
+
+    class Nudged(Interpreter):
+        by = 0.0
+
+        def run_node(self, node: Node) -> object:
+            value = super().run_node(node)
+            if node is not source:
+                return value
+            signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(0))
+            return value + self.by * (2.0 * signs - 1)
+
+    answers = []
+    with torch.no_grad():
+        for by in (0.0, scale):
+            nudged = Nudged(graph)
+            nudged.by = by
+            answers.append(
+                nudged.run(normalize(torch.from_numpy(inputs), candidate.signature.preprocess))
+            )
+    return float((answers[1] - answers[0]).abs().max()) or None
 
 
 def first_divergence(
@@ -151,7 +191,7 @@ def first_divergence(
     Integers are compared where the graph quantizes, so that ONNX Runtime still fuses as it does
     when the model ships; float models are compared at the outputs of their layers.
     """
-    inputs = split.load(np.arange(min(8, len(split))))
+    inputs = split.load(np.arange(min(FEW, len(split))))
     nodes, names, tensors = _probes(graph, onnx.load(model.path))
     values = _torch_values(candidate, graph, inputs, nodes)
     answers = _runtime_values(model, tensors, inputs, threads) if tensors else {}

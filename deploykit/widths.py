@@ -122,7 +122,12 @@ def _widths(layer: nn.Module) -> dict[str, int | list[int]]:
     if can_replace(layer):
         return {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
     custom = is_custom(layer)
-    counts = {key: value for key, value in vars(layer).items() if custom and is_count(key, value)}
+    counts: dict[str, int | list[int]] = {
+        key: value for key, value in vars(layer).items() if custom and is_count(key, value)
+    }
+    shape = vars(layer).get("normalized_shape")
+    if custom and isinstance(shape, tuple) and all(type(size) is int for size in shape):
+        counts["normalized_shape"] = list(shape)  # a LayerNorm of the model's own
     tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
     return {**counts, **{key: list(tensor.shape) for key, tensor in tensors}}
 

@@ -78,14 +78,17 @@ def proved(work: Work, started: float, make: Callable[[], Candidate]) -> Stage:
 
 def latency_of(work: Work, candidate: Candidate, stage: str) -> LatencyCost:
     """Return what measures what ``stage`` makes of a candidate, in the precision that ships."""
-    recipe = work.recipe
+    recipe, target = work.recipe, resolve_target(work.recipe.target)
+    keep_float = () if recipe.quantize is None else recipe.quantize.keep_float
     return LatencyCost(
         candidate,
-        resolve_target(recipe.target),
-        quantized=recipe.quantize is not None,
+        target,
+        recipe.precision_on(target),
         times=LayerTimes.open(cache_folder(), recipe.threads),
-        # What trials measure of the one model that they prune is the same for all of them.
-        record=(work.home if stage == "prune" else work.run).latencies(stage),
+        keep_float=keep_float,
+        # What trials measure of the one model that they prune is the same for all of them, so
+        # long as the same of its layers ship in float.
+        record=(work.home if stage == "prune" else work.run).latencies(stage, keep_float),
     )
 
 

@@ -8,6 +8,7 @@ from tiny_layers import Between
 from torch import nn
 
 from deploykit.artifacts import Candidate, Signature, TensorSpec
+from deploykit.errors import CompressionError
 from deploykit.prune import align_widths
 from deploykit.prune.align import Growth, grow_tensors
 from deploykit.structure import load_candidate, save_candidate
@@ -89,6 +90,14 @@ class Counting(nn.Module):
         return self.head(self.deep(self.conv(x)).mean((2, 3)).reshape(len(x), 12))
 
 
+class Asserting(Between):
+    """Its own code insists on the width."""
+
+    def forward(self, x):
+        assert self.first(x).shape[1] == 12
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -131,8 +140,16 @@ def test_channels_in_the_middle_of_a_join_grow_there():
         Between(*depthwise(12), nn.GroupNorm(3, 12), width=12, readers=12),
         Between(*depthwise(12), nn.Softmax(1), width=12, readers=12),
         Counting(),
+        Asserting(*depthwise(12), width=12, readers=12),
     ],
-    ids=["no depthwise layer", "full blocks", "normalized together", "softmax", "counted"],
+    ids=[
+        "no depthwise layer",
+        "full blocks",
+        "normalized together",
+        "softmax",
+        "counted",
+        "asserted",
+    ],
 )
 def test_what_cannot_or_need_not_grow_stays(module):
     assert align_widths(candidate_of(module), 16) is None
@@ -155,6 +172,14 @@ def test_zeros_that_are_read_tell(monkeypatch):
         module.between[1].bias.data[-1] = 1
 
     monkeypatch.setattr(align, "grow_tensors", careless)
+    assert align_widths(candidate_of(Between(*depthwise(12), width=12, readers=12)), 16) is None
+
+
+def test_what_cannot_be_traced_stays(monkeypatch):
+    def refuse(*_):
+        raise CompressionError("prune: the model cannot be traced")
+
+    monkeypatch.setattr("deploykit.prune.align.Graph", refuse)
     assert align_widths(candidate_of(Between(*depthwise(12), width=12, readers=12)), 16) is None
 
 

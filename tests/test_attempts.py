@@ -7,7 +7,7 @@ import pytest
 from deploykit import job, pipeline
 from deploykit.api import export
 from deploykit.course import Course
-from deploykit.errors import BudgetError, CompressionError, VerificationError
+from deploykit.errors import BudgetError, CompressionError, ModelError, VerificationError
 from deploykit.inspection import inspect_folder
 from deploykit.recipe import parse_recipe
 from deploykit.run_folder import RunFolder
@@ -108,7 +108,7 @@ def test_recorded_latencies_replay_every_trial(backed_off, tmp_path, monkeypatch
         assert run.report["final"][key] == backed_off.report["final"][key]
 
 
-@pytest.mark.parametrize("fault", [CompressionError, VerificationError])
+@pytest.mark.parametrize("fault", [BudgetError, CompressionError, ModelError, VerificationError])
 def test_only_the_first_trial_may_fail_the_run(tmp_path, monkeypatch, fault):
     """What a later one cannot make is one way less to hold the budget."""
 
@@ -119,8 +119,10 @@ def test_only_the_first_trial_may_fail_the_run(tmp_path, monkeypatch, fault):
     recipe, run, training = parse_recipe(RECIPE), RunFolder(tmp_path), tiny_training()
     work = pipeline.Work(recipe, run, run, training.dataset, training)
     attempt = pipeline._attempt(work, Course([]), None)
-    outcome = attempt(recipe, run, 2).outcome
-    assert (outcome.passed, outcome.failed) == (False, "no such model")
+    trial = attempt(recipe, run, 2)
+    assert (trial.outcome.passed, trial.outcome.failed) == (False, "no such model")
+    told = trial.to_json()
+    assert told["validation_accuracy"] is told["size_bytes"] is told["final"] is None
     with pytest.raises(fault, match="no such model"):
         attempt(recipe, run, 1)
 

@@ -56,7 +56,7 @@ def test_removed_module_takes_all_that_follows_its_layers():
 def cost(tmp_path):
     candidate = candidate_of(settled(plain()))
     return LatencyCost(
-        candidate, TARGET, quantized=True, times=LayerTimes(1), record=tmp_path / "latencies.json"
+        candidate, TARGET, "int8", times=LayerTimes(1), record=tmp_path / "latencies.json"
     )
 
 
@@ -66,15 +66,15 @@ def _hasty(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantized", [True, False])
-def test_profile_gives_the_time_of_every_layer_to_it(cost, quantized):
-    cost.quantized = quantized
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_profile_gives_the_time_of_every_layer_to_it(cost, precision):
+    cost.precision = precision
     spent = cost.model.layer_ms({})
     assert {"c1", "c2", "fc"} <= spent.keys()
     assert all(ms > 0 for layer, ms in spent.items() if layer)
     assert sum(spent.values()) == pytest.approx(cost.model.measured_ms)
     precisions = {shape.precision for shape in cost.model.shapes.values()}
-    assert precisions == ({"uint8"} if quantized else {"float32"})
+    assert precisions == ({"uint8"} if precision == "int8" else {"float32"})
 
 
 @pytest.mark.slow
@@ -84,9 +84,7 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
     widths = {"c1": {**cost.model.widths["c1"], "out_channels": 4}}
     expected = cost.predict(widths), cost.measure(narrow), cost.measure(narrow, ["c1"])
     assert cost.speedup(narrow) == pytest.approx(cost.model.measured_ms / expected[1])
-    resumed = LatencyCost(
-        cost.candidate, TARGET, quantized=True, times=LayerTimes(1), record=cost.record
-    )
+    resumed = LatencyCost(cost.candidate, TARGET, "int8", times=LayerTimes(1), record=cost.record)
     for name in ("measure_latency", "latency_parts"):  # would fail if they were called
         monkeypatch.setattr(latency_model, name, None)
     monkeypatch.setattr("deploykit.measure.layer_times._measure", None)
@@ -99,3 +97,21 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
 @pytest.mark.slow
 def test_whole_model_is_not_timed_against_itself(cost):
     assert cost.measure(cost.candidate.module) == cost.model.measured_ms
+
+
+@pytest.mark.slow
+def test_layers_that_ship_in_float_are_timed_in_float(cost):
+    cost.keep_float = ("c2",)
+    kinds = {layer: shape.precision for layer, shape in cost.model.shapes.items()}
+    assert (kinds["c1"], kinds["c2"]) == ("uint8", "float32")
+    assert cost.speedup(settled(plain()), ["c2.gone"]) > 0
+
+
+@pytest.mark.slow
+def test_record_keeps_what_an_earlier_trial_asked(cost):
+    cost.predict({"c1": {**cost.model.widths["c1"], "out_channels": 4}})
+    cost.speedup(settled(plain()))
+    before = json.loads(cost.record.read_text())["layers"]
+    later = LatencyCost(cost.candidate, TARGET, "int8", times=LayerTimes(1), record=cost.record)
+    later.speedup(settled(plain()), ["another"])
+    assert json.loads(cost.record.read_text())["layers"].keys() >= before.keys()

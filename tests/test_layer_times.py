@@ -96,3 +96,9 @@ def test_table_is_plain_json(tmp_path, counted):
     (key,) = json.loads(file.read_text())["costs"]
     assert json.loads(key)["outputs"] == 32
     assert np.isfinite(list(json.loads(file.read_text())["costs"].values())).all()
+
+
+def test_table_that_cannot_be_kept_still_answers(tmp_path, counted):
+    (tmp_path / "file").write_text("no folder")
+    times = LayerTimes.open(tmp_path / "file" / "cache", threads=1)
+    assert times.ask([CONV]) == {CONV: 32.0}

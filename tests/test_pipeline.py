@@ -11,8 +11,10 @@ from tiny_run import CALIBRATED, STAGES, measure_quickly, recording_dataset, sha
 
 from deploykit import integers, job, pipeline, stages
 from deploykit.artifacts import OnnxModel
+from deploykit.course import Course
 from deploykit.decisions import Decision, check_budget, ptq_decision, stage_decision
 from deploykit.errors import DataError, UsageError
+from deploykit.making import judge_integers
 from deploykit.measure import Evaluation, evaluate_onnx
 from deploykit.publish import LOCK, lock_folder
 from deploykit.recipe import dump_recipe, load_recipe
@@ -391,6 +393,36 @@ def test_replayed_measurements_take_the_place_of_new_ones(tmp_path, monkeypatch)
     assert run.read_json("measurements.json")["stages"] == used
 
 
+@pytest.mark.parametrize(
+    ("ratio", "kept"),
+    [(0.95, True), (0.7, False), (1.5, True)],
+    ids=["undecided", "slower", "faster"],
+)
+def test_integers_are_dropped_where_they_are_known_to_be_slower(tmp_path, ratio, kept):
+    course = Course([fake_stage("train", tmp_path, size=400)])
+    course.add(fake_stage("quantize", tmp_path))
+    measured = {"train": figures(1.0), "quantize": figures(ratio)}
+    judge_integers(course, SimpleNamespace(quantize=QuantizeSection()), measured)
+    assert (course.final.name == "quantize") is kept
+
+
+def test_replayed_measurements_that_lack_a_stage_are_told(tmp_path):
+    pair = [fake_stage(name, tmp_path / "onnx") for name in STAGES[:2]]
+    with pytest.raises(UsageError, match="--latency-table: expected measurements of prune"):
+        stages.measure_stages(pair, RECIPE, RunFolder(tmp_path), {"train": figures(1.0)})
+
+
+def test_measurements_of_a_gpu_are_read(tmp_path):
+    table = {"stages": {"train": {**figures(1.0), "peak_memory_bytes": None}}}
+    file = tmp_path / "measurements.json"
+    file.write_text(json.dumps(table))
+    assert stages.read_measurements(file) == [table["stages"]]
+    table["stages"]["train"]["peak_memory_bytes"] = "many"
+    file.write_text(json.dumps(table))
+    with pytest.raises(UsageError, match=r"expected the measurements\.json of a run"):
+        stages.read_measurements(file)
+
+
 def test_stage_decision_compares_with_the_stage_before(tmp_path):
     before = fake_stage("train", tmp_path, size=200)
     after = fake_stage("prune", tmp_path, correct=(True, False, False, False), size=100)
@@ -412,6 +444,14 @@ def test_ptq_is_kept_where_it_holds_the_budget(tmp_path):
         decision = ptq_decision(before, after, budget, default)
         assert decision.kept is kept
         assert ("holds" if kept else "breaks") in decision.why
+
+
+def test_ptq_has_to_hold_the_budget_with_its_confidence(tmp_path):
+    before = fake_stage("train", tmp_path)
+    after = fake_stage("quantize", tmp_path, correct=(True, False, False, False))
+    sure = BudgetSection(max_drop=0.25, confidence=0.95)
+    assert ptq_decision(before, after, BudgetSection(max_drop=0.25), 0.0).kept
+    assert not ptq_decision(before, after, sure, 0.0).kept, "four samples prove nothing"
 
 
 @pytest.mark.parametrize(
@@ -643,7 +683,7 @@ def test_other_integers_must_hold_the_budget_too(tiny_run, monkeypatch):
     from deploykit.targets import TARGETS
 
     recipe = replace_budget(tiny_run.recipe, BudgetSection(max_drop=0.1))
-    monkeypatch.setattr(retarget, "paired_drop", lambda *_: (0.2, (0.1, 0.3)))
+    monkeypatch.setattr(retarget, "judged_drop", lambda *_: 0.2)
     signature = load_candidate(tiny_run.path / "candidates/train", base=tiny_run.path).signature
     model = OnnxModel(tiny_run.path / "onnx/train.onnx", signature, 20)
     with pytest.raises(pipeline.BudgetError, match=r"got 20.00% .*--set target=cpu-arm64"):

@@ -6,6 +6,7 @@ from torch.nn import functional
 from deploykit.cost import count_macs
 from deploykit.errors import CompressionError
 from deploykit.models.digits_cnn import digits_cnn
+from deploykit.models.patterns import match_modules
 from deploykit.models.resnet_cifar import resnet_cifar
 from deploykit.prune import prune_channels
 from deploykit.prune.rules import RULES
@@ -258,6 +259,15 @@ def test_protecting_a_module_protects_what_is_inside():
     pruned, _ = prune(module, torch.randn(2, 3, 16, 16), protect=["layer1"], scope="uniform")
     assert pruned.layer1[0].conv1.out_channels == 16
     assert pruned.layer2[0].conv1.out_channels == 16
+
+
+def test_pattern_of_one_name_of_a_shared_layer_fits_all():
+    module = nn.Module()
+    module.a = nn.Sequential(nn.Linear(2, 2), nn.SiLU())
+    module.b = nn.Sequential(module.a[0], module.a[1])
+    assert match_modules(module, ["b.0"], "prune.protect") == {"a.0", "b.0"}
+    # Without parameters nothing is shared: each place may have another activation.
+    assert match_modules(module, ["b.1"], "surgery.protect") == {"b.1"}
 
 
 def test_pattern_that_fits_nothing_is_refused_with_near_names():

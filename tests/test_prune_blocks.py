@@ -82,3 +82,19 @@ def test_finding_blocks_leaves_the_module_alone():
     removable_blocks(module, IMAGE)
     assert module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_block_that_wants_arguments_by_name_stays():
+    class Named(Block):
+        def forward(self, x, *, times):
+            return super().forward(x) * times
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Named(lambda x: x)
+
+        def forward(self, x):
+            return self.inner(x, times=1)
+
+    assert "2.inner" not in removable_blocks(net(Calls()), IMAGE)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_layers import FAMILIES, TorchAttention, Vision
+from torch import nn
 
 from deploykit.prune import landscape
 from deploykit.prune.bounded import carry_out
@@ -38,7 +39,7 @@ def layer_widths(module):
 def check_prediction(module):
     found = explore(module, IMAGE, RULES)
     plan = halved(found)
-    smaller, _ = carry_out(module, IMAGE, plan, RULES)
+    smaller, _ = carry_out(module, IMAGE, plan, found, RULES)
     predicted, built = found.narrowed(plan.channels), layer_widths(smaller)
     assert plan.channels
     assert {name: predicted[name] for name in built} == built
@@ -76,3 +77,38 @@ def test_group_of_heads_narrows_by_whole_heads():
     torch.manual_seed(0)
     found = explore(Vision(TorchAttention), IMAGE, RULES)
     assert widths_below(found.groups["attention.inner.in_proj"], 1) == [12, 24, 36]
+
+
+class BlocksFirst(nn.Module):
+    """The layer that names the stream's group goes with its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(2))
+        self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return x + self.two(self.one(x).relu())
+
+
+def test_widths_of_a_stream_are_kept_where_the_block_goes_that_names_it():
+    torch.manual_seed(0)
+    module = BlocksFirst().eval()
+    found = explore(module, IMAGE, RULES)
+    (stream,) = (root for root in found.groups if "stem" in found.makers(root))
+    assert stream.startswith("blocks.0")
+    plan = Plan({stream: 8}, ("blocks.0",), 0.0, 0.0, holds=True)
+    smaller, _ = carry_out(module, IMAGE, plan, found, RULES)
+    assert smaller.stem.out_channels == 8

@@ -8,6 +8,7 @@ from tiny_layers import (
     FAMILIES,
     Between,
     Does,
+    GroupedQueries,
     Shuffle,
     TiedAttention,
     TorchAttention,
@@ -70,6 +71,7 @@ def test_family_is_pruned_and_rebuilt_bit_equal(family):
         (lambda: Between(Does(lambda x: x.flip(1))), "first", "last"),
         (lambda: Between(Does(lambda x: x + torch.ones(16, 1, 1))), "first", "last"),
         (lambda: Between(Does(lambda x: x.cumsum(1))), "first", "last"),
+        (lambda: Vision(GroupedQueries), "attention.qkv", "up"),
     ],
 )
 def test_what_cannot_be_pruned_is_named_and_the_rest_goes_on(build, whole, narrowed):
@@ -101,6 +103,53 @@ def test_layer_with_a_computed_weight_is_named():
     _, notes = prune(make(lambda: Between(norm(nn.Conv2d(16, 16, 3)), nn.Conv2d(16, 16, 1))))
     assert notes.left_alone["between.0"] == "its weight is computed from others"
     assert notes.widths == {"between.1": (16, 8), "last": (8, 4)}
+
+
+def test_layers_of_one_weight_are_not_taken_for_computed_ones():
+    module = make(lambda: Between(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)))
+    module.between[1].weight = module.between[0].weight
+    pruned, notes = prune(module)
+    assert "between.1" not in notes.left_alone
+    assert pruned.between[1].weight is pruned.between[0].weight
+    assert pruned.between[0].out_channels == pruned.between[1].out_channels == 8
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda x: functional.layer_norm(x, x.shape[-1:]),
+        lambda x: functional.group_norm(x, 1),
+    ],
+)
+def test_norm_of_what_no_layer_made_is_in_nobodys_way(first):
+    build = lambda: nn.Sequential(Does(first), Between(nn.GroupNorm(4, 16)))  # noqa: E731
+    _, notes = prune(make(build))
+    assert notes.widths["1.first"] == (16, 8)
+
+
+class OwnNorm(nn.Module):
+    """A LayerNorm as models write it themselves."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.rand(features)),
+            nn.Parameter(torch.rand(features)),
+        )
+        self.normalized_shape = (features,)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        x = functional.layer_norm(x, self.normalized_shape, self.weight, self.bias)
+        return x.permute(0, 3, 1, 2)
+
+
+def test_norm_of_the_models_own_is_rebuilt():
+    build = lambda: Between(OwnNorm(16))  # noqa: E731
+    module = make(build)
+    pruned, _ = prune(module)
+    assert pruned.between[0].normalized_shape == (8,)
+    assert torch.equal(answers(rebuilt(build, module, pruned), IMAGE), answers(pruned, IMAGE))
 
 
 # attention

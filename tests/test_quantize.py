@@ -377,6 +377,13 @@ def test_a_pattern_that_fits_no_layer_is_refused_with_what_is_near(trained, trai
         calibrate(trained, training.dataset.train.images, target=TARGET, keep_float=("hed",))
 
 
+def test_a_pattern_whose_layers_went_with_a_removed_block_is_no_fault(trained, training):
+    shorter = replace(trained, structure={**trained.structure, "removed": ["gone"]})
+    pixels = training.dataset.train.images
+    mixed = calibrate(shorter, pixels, target=TARGET, keep_float=("gone.conv", "head"))
+    assert mixed.structure["quantization"]["keep_float"] == ["head"]
+
+
 def test_a_structure_of_before_mixed_precision_still_loads(ptq, base, tmp_path):
     quantization = dict(ptq.structure["quantization"])
     assert quantization.pop("keep_float") == []

@@ -359,3 +359,10 @@ def test_two_precisions_at_once_are_refused_with_the_remedy(changes, told) -> No
 )
 def test_what_ships_follows_from_recipe_and_target(changes, target, precision) -> None:
     assert parse_recipe(MINIMAL, changes).precision_on(TARGETS[target]) == precision
+
+
+def test_training_integers_takes_an_epoch():
+    message = "quantize.epochs: expected at least 1 with mode: qat, got 0"
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(MINIMAL, ["quantize={mode: qat, epochs: 0}"])
+    assert parse_recipe(MINIMAL, ["quantize={epochs: 0}"]).quantize.epochs == 0

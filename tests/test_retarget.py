@@ -124,6 +124,15 @@ def test_latencies_taken_on_the_target_judge_it_here(make_run, tmp_path):
     assert run.report["final"]["speedup"]["1"] == 3.0
 
 
+def test_a_table_of_latencies_counts_for_the_check_too(make_run, deploykit, tmp_path):
+    (tmp_path / "r.yaml").write_text(CALIBRATED)
+    ask = ["compress", tmp_path / "r.yaml", "--check", "--set", "target=web"]
+    ask += ["--set", "budget.min_speedup=1.5"]
+    assert deploykit(*ask).code == 4
+    table = make_run().path / "measurements.json"
+    assert deploykit(*ask, "--latency-table", table).code == 0
+
+
 def test_a_drop_is_judged_anywhere(make_run):
     assert make_run("target=web", "budget.max_drop=0.9").report["budget"]["passed"]
 
@@ -187,3 +196,32 @@ def test_a_model_given_as_an_object_cannot_be_made_anew(tmp_path, monkeypatch):
     with pytest.raises(VerificationError, match="given as an object; compress it again"):
         export_run(run.path, tmp_path / "bundle", target="cuda")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_layers_that_the_run_left_in_float_stay_there_for_another_target(make_run, tmp_path):
+    run = make_run()
+    structure = run.path / "candidates/quantize/structure.json"
+    before = structure.read_text()
+    content = json.loads(before)
+    layer = sorted(
+        key.partition(":")[0] for key in content["structure"]["quantization"]["parameters"]
+    )[-1]
+    content["structure"]["quantization"]["keep_float"] = [layer]  # as a later trial may have found
+    structure.write_text(json.dumps(content))
+    try:
+        bundle = export_run(run.path, tmp_path / "bundle", target="cpu-x86-avx2")
+    finally:
+        structure.write_text(before)
+    whole = export_run(run.path, tmp_path / "whole", target="cpu-x86-avx2")
+    floats = [kinds_of_weights(one / "model.onnx") for one in (whole, bundle)]
+    assert [TensorProto.FLOAT in kinds for kinds in floats] == [False, True]
+
+
+def test_an_accuracy_that_nobody_could_judge_is_told(make_run, deploykit, tmp_path, monkeypatch):
+    run = make_run()
+    ask = ["export", run.path, "--target", "cpu-x86-avx2", "--out"]
+    assert "warning" not in deploykit(*ask, tmp_path / "known").err
+    monkeypatch.setattr("deploykit.retarget._same_data", lambda *_: None)
+    found = deploykit(*ask, tmp_path / "unknown")
+    assert found.code == 0
+    assert "its accuracy is unknown and was held to no budget" in found.err.replace("\n", " ")

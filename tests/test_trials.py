@@ -21,7 +21,7 @@ task: image-classification
 data: {{source: digits}}
 model: {{name: digits-cnn}}
 prune: {{{prune}, epochs: 4, steps: 2}}
-quantize: {{mode: qat, epochs: {qat}}}
+quantize: {{mode: {"qat" if qat else "auto"}, epochs: {qat}}}
 budget: {{{budget}}}
 """)
 
@@ -212,3 +212,19 @@ def test_the_nearest_trial_is_chosen_where_none_holds():
     assert best_trial([*outcomes, Outcome(wanted.prune, failed="x")]) in {1, 2}
     held = Outcome(wanted.prune)
     assert best_trial([*outcomes, held]) == 3
+
+
+def test_a_share_of_channels_that_cannot_grow_is_not_tried_again():
+    """Nothing makes this world fast enough, however much is pruned."""
+    wanted = recipe("channel_ratio: 0.5", "min_speedup: 50.0, trials: 6")
+    strengths = [one.strength for one in World(slope=0.2).search(wanted)]
+    assert len(set(strengths)) == len(strengths) - 1, "once more, with layers in float"
+    assert max(strengths) == 0.95
+
+
+def test_what_could_not_be_made_bounds_what_is_tried_next():
+    wanted = recipe("speedup: 2.0", "min_speedup: 3.0, trials: 6")
+    failed = Outcome(wanted.prune, failed="cannot be made")
+    slow = World().outcome(next_trial(wanted, [failed]))
+    tried = next_trial(wanted, [failed, slow])
+    assert tried is None or tried.prune.speedup < 2.0

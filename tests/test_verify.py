@@ -117,6 +117,28 @@ def test_a_step_of_an_integer_model_is_the_scale_of_its_output(integer):
     assert parity_of(integer).scale == pytest.approx(scale)
 
 
+TAILS = {
+    "temperature": lambda logits: 16.0 * logits,
+    "softmax": lambda logits: logits.softmax(-1),
+    "softmax at a temperature": lambda logits: (logits / 4).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_follows_the_last_integers_carries_their_step(tail, folder):
+    net = plain()
+    inner, after = net._forward, TAILS[tail]
+    net._forward = lambda net, x: after(inner(net, x))
+    candidate = calibrate(candidate_of(settled(net)), PIXELS, target=TARGET)
+    exported = candidate, export_onnx(candidate, folder / f"{tail}.onnx", name="tiny")
+    parity = parity_of(exported)
+    scale, _ = candidate.structure["quantization"]["parameters"]["fc:linear#0"]
+    if tail == "temperature":
+        assert parity.scale == pytest.approx(16 * scale, rel=1e-5)
+    else:
+        assert 0 < parity.scale < scale / 2, "a probability moves by less than its logit"
+
+
 @pytest.mark.parametrize("layer", ["c1", "c2", "fc"])
 def test_one_altered_weight_fails_and_its_layer_is_named(exported, tmp_path, layer):
     broken = altered(exported, tmp_path / "broken.onnx", layer, turn_largest)

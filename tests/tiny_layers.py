@@ -75,6 +75,22 @@ class TiedAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(n, tokens, c))
 
 
+class GroupedQueries(nn.Module):
+    """Eight heads of queries read two heads of keys and values, in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, (8 + 2 + 2) * 4), nn.Linear(32, 16)
+
+    def forward(self, x):
+        n, tokens, _ = x.shape
+        parts = self.qkv(x).split([32, 8, 8], -1)
+        q, k, v = (part.reshape(n, tokens, -1, 4).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(4, 1) for part in (k, v))
+        x = functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, 32))
+
+
 class Between(nn.Module):
     """Two convolutions with layers between them, and a head."""
 

@@ -33,6 +33,10 @@ def choose_classes(
     repeated = sorted({name for name in classes if classes.count(name) > 1})
     if repeated:
         raise DataError(f"data.classes: expected distinct names, got {repeated[0]!r} twice")
+    if unwritable := [name for name in classes if any("\ud800" <= one <= "\udfff" for one in name)]:
+        raise DataError(
+            f"{train.name}: expected names of classes in UTF-8, got {unwritable[0]!a}; rename it"
+        )
     if len(classes) < 2:
         raise DataError(
             f"{train.name}: expected at least 2 classes, got {len(classes)}; "

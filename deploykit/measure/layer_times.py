@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.environment import environment
+from deploykit.errors import UsageError
 from deploykit.layer_shapes import LayerShape
 from deploykit.measure.profile import Profiler
 from deploykit.publish import write_json
@@ -76,10 +78,12 @@ class LayerTimes:
     def _keep(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may have measured meanwhile.
         merged = {**_read_costs(self.path), **self.costs}
-        write_json(self.path, {"schema": 1, "costs": dict(sorted(merged.items()))})
+        # Where it cannot be kept, as on a read-only disk, it is measured again another time.
+        with suppress(OSError, UsageError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"schema": 1, "costs": dict(sorted(merged.items()))})
 
 
 def _read_costs(path: Path) -> dict[str, float]:

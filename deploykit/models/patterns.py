@@ -12,10 +12,14 @@ from deploykit.errors import CompressionError
 def match_modules(module: nn.Module, patterns: Sequence[str], key: str) -> frozenset[str]:
     """Return the names of the modules that a pattern fits, and of those inside them.
 
+    A module that stands in several places has as many names; where it has parameters, a pattern
+    that fits one of them fits all.
+
     Raises:
         CompressionError: a pattern fits none; ``key`` is the recipe's.
     """
-    names = [name for name, _ in module.named_modules() if name]
+    parts = [(name, part) for name, part in module.named_modules(remove_duplicate=False) if name]
+    names = [name for name, _ in parts]
     hits = set()
     for pattern in patterns:
         found = [name for name in names if fnmatchcase(name, pattern)]
@@ -25,6 +29,9 @@ def match_modules(module: nn.Module, patterns: Sequence[str], key: str) -> froze
                 f"{key}: {pattern!r} fits no module; near it are {near}", layer=pattern
             )
         hits.update(found)
-    return frozenset(
+    inside = {
         name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits)
-    )
+    }
+    held = [part for name, part in parts if name in inside]
+    shared = {id(part) for part in held if next(part.parameters(), None) is not None}
+    return frozenset(name for name, part in parts if name in inside or id(part) in shared)

@@ -71,7 +71,7 @@ def prune_to_bound(
     aim = bound
     for _ in range(TRIES):
         plan = _choose(landscape, cost, aim, removed)
-        smaller, notes = carry_out(module, example, plan, rules)
+        smaller, notes = carry_out(module, example, plan, landscape, rules)
         gone = (*removed, *plan.removed)
         measured = cost.measure(smaller, gone)
         if measured <= bound * MISSED:
@@ -96,17 +96,23 @@ def _choose(landscape: Landscape, cost: Cost, bound: float, removed: Sequence[st
 
 
 def carry_out(
-    module: nn.Module, example: Tensor, plan: Plan, rules: Rules
+    module: nn.Module, example: Tensor, plan: Plan, landscape: Landscape, rules: Rules
 ) -> tuple[nn.Module, PruneNotes]:
-    """Build the module that a plan describes, every removal proven."""
+    """Build the module that a plan of its landscape describes, every removal proven."""
+    # A group is named after the first layer that makes it, which may go with a block.
+    width = {
+        maker: channels
+        for root, channels in plan.channels.items()
+        for maker in landscape.makers(root)
+    }
     shorter = copy.deepcopy(module)
     remove_blocks(shorter, plan.removed)
 
     def select(prunable: Sequence[Prunable]) -> dict[str, list[int]]:
         return {
-            group.root: channels_to_remove(group, plan.channels[group.root])
+            group.root: channels_to_remove(group, width[group.root])
             for group in prunable
-            if group.root in plan.channels
+            if group.root in width
         }
 
     smaller, notes = prune_channels(

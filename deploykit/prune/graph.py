@@ -89,13 +89,15 @@ class Graph:
 
     def strangers(self) -> dict[str, str]:
         """Say which layers stand in no group, and why."""
-        return {
-            name: "its weight is computed from others"
-            if self.views[0].uses(layer)
-            else "the example does not reach it"
-            for name, layer in self.module.named_modules()
-            if isinstance(layer, LAYERS) and name not in self.views[0].outputs
-        }
+        found, view = {}, self.views[0]
+        for name, layer in self.module.named_modules():
+            if not isinstance(layer, LAYERS) or name in view.outputs:
+                continue
+            if not view.uses(layer):
+                found[name] = "the example does not reach it"
+            elif layer._parameters.get("weight") is None:  # else it is that of another layer, too
+                found[name] = "its weight is computed from others"
+        return found
 
     def places(self, group: Group) -> Iterator[tuple[str, int, Labels]]:
         """Yield tensor, dimension and the number of the unit at each index, -1 for none."""
@@ -284,6 +286,8 @@ def _units(axis: Labels) -> Labels | None:
     ordered = axis[np.sort(first)]
     units = np.stack([np.flatnonzero(axis == component) for component in ordered])
     group = Group("", "", units, frozenset(), "")
+    if units.shape[1] % group.block:
+        return None
     regular = np.arange(units.size).reshape(group.divisions, len(units), group.block)
     return units if np.array_equal(regular.swapaxes(0, 1).reshape(units.shape), units) else None
 

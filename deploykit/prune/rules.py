@@ -45,14 +45,16 @@ from deploykit.prune.moves import (
 from deploykit.prune.trace import Arguments, Trace, plain, varied
 
 Rule = Callable[[Trace, Arguments, Any], None]
+SPANNING = frozenset({"native_layer_norm", "native_group_norm"})
 
 
 def follow(trace: Trace, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
     """Carry the labels from an operator's arguments to its result."""
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not any(varied(axis) for tensor in inputs for axis in trace.axes(tensor)):
-        return None
     name = str(operator._schema.name).removeprefix("aten::")
+    # The normalizations of a pass are counted, those of what no layer has made as well.
+    if name not in SPANNING and not any(varied(axis) for one in inputs for axis in trace.axes(one)):
+        return None
     arguments = _bind(operator, args, kwargs)
     # An operator in place ends in an underscore and follows the rule of the other one.
     rule = RULES.get(name) or RULES.get(name.removesuffix("_")) or _spatial(name)

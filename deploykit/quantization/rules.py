@@ -170,8 +170,15 @@ def kernels(graph: Graph) -> Iterator[Node]:
     return (node for node in graph.nodes if _is_weighted(node))
 
 
-def match_layers(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
+def match_layers(
+    graph: Graph, patterns: Sequence[str], *, all_there: bool = True
+) -> frozenset[str]:
     """Return the modules of layers that a pattern fits, by their name or one around them.
+
+    Args:
+        graph: a traced model.
+        patterns: shell patterns.
+        all_there: whether each must fit; not where blocks were removed, perhaps with its layers.
 
     Raises:
         CompressionError: a pattern fits none.
@@ -184,7 +191,7 @@ def match_layers(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
             for name in layers
             if any(fnmatchcase(around, pattern) for around in accumulate(name.split("."), _dotted))
         ]
-        if not found:
+        if not found and all_there:
             near = ", ".join(get_close_matches(pattern, layers, n=3, cutoff=0.0))
             raise CompressionError(
                 f"quantize.keep_float: {pattern!r} fits no layer with weights; near it are {near}",

@@ -159,3 +159,12 @@ class QuantizeSection(RecoverySection):
         description="ptq: smallest signal-to-quantization-noise ratio of the logits, dB; layers "
         "stay in float, the most sensitive first, until it holds",
     )
+
+    @model_validator(mode="after")
+    def _training_takes_epochs(self) -> Self:
+        if self.mode == "qat" and not self.epochs:
+            raise ValueError(
+                "quantize.epochs: expected at least 1 with mode: qat, got 0; raise it, or choose "
+                "mode: ptq, which trains nothing"
+            )
+        return self

@@ -105,9 +105,12 @@ def budget_rows(report: Json, details: Json) -> list[dict[str, str]]:
     """Return each limit beside what it is held against, on the validation split."""
     budget, rows = report["budget"], []
     if budget.get("max_drop") is not None:
-        drop = _validation_drop(report)
+        judged = {one["name"]: one["value"] for one in budget.get("checks", ())}
+        drop = judged.get("max_drop", _validation_drop(report))
+        sure = budget.get("confidence")
+        how = "" if sure is None else f", with {sure:.0%} confidence"
         limit = f"at most {wording.points(budget['max_drop']).lstrip('+')} points lost"
-        got = f"{wording.points(drop).lstrip('+')} points lost in validation"
+        got = f"{wording.points(drop).lstrip('+')} points lost in validation{how}"
         rows.append({"limit": limit, "got": got})
     if budget.get("min_speedup") is not None:
         ratio, _ = speedup(report, details, "1")
