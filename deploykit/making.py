@@ -134,10 +134,15 @@ def _prune(candidate: Candidate, work: Work, latency: LatencyCost) -> Candidate:
     return prune(candidate, work.training, recipe.prune, target=target, latency=latency)
 
 
-def judge_integers(course: Course, recipe: Recipe, measured: Mapping[str, JsonDict]) -> None:
-    """Compare integers with the floats that they were made from, in the same rounds."""
+def judge_precision(course: Course, recipe: Recipe, measured: Mapping[str, JsonDict]) -> None:
+    """Compare the last stage, integers or halves, with the floats that it was made from.
+
+    Raises:
+        BudgetError: integers do not pay, and the recipe demands that they do.
+    """
     stage = course.stages[-1]
-    if recipe.quantize is None or measured[stage.name]["latency"]["1"] is None:
+    known = measured[stage.name]["latency"]["1"] is not None
+    if not known or stage.name not in {"quantize", "convert"}:
         return
     after, before = (
         Latency.from_json(measured[one.name]["latency"]["1"])
@@ -145,5 +150,9 @@ def judge_integers(course: Course, recipe: Recipe, measured: Mapping[str, JsonDi
     )
     (low, high), (least, most) = after.interval, before.interval
     between = replace(after, ratio=after.ratio / before.ratio, interval=(low / most, high / least))
-    undecided = between.verdict == "undecided"
-    course.judge(stage, recipe.quantize, 1.0 if undecided else between.ratio)
+    if recipe.quantize is not None and stage.name == "quantize":
+        course.judge(
+            stage, recipe.quantize, 1.0 if between.verdict == "undecided" else between.ratio
+        )
+    elif between.verdict == "slower":
+        course.reasons[stage.name] += ", as the recipe asks, though it is slower here"

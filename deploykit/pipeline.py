@@ -25,7 +25,7 @@ from deploykit.data import Dataset
 from deploykit.decisions import stage_decision
 from deploykit.errors import BudgetError, DataError, ModelError, VerificationError
 from deploykit.interrupt import raise_if_stopped
-from deploykit.making import judge_integers, make_stages, shared_stages
+from deploykit.making import judge_precision, make_stages, shared_stages
 from deploykit.progress import Progress
 from deploykit.publish import publish_folder
 from deploykit.recipe.sections import Recipe, TrainSection
@@ -142,7 +142,7 @@ def _attempt(work: Work, base: Course, replay: Sequence[Mapping[str, JsonDict]] 
             raise_if_stopped("measuring")
             work.say("measuring latency")
             measured = measure_stages(course.stages, recipe, folder, known)
-            judge_integers(course, recipe, measured)
+            judge_precision(course, recipe, measured)
         except (BudgetError, ModelError, VerificationError) as error:
             if number == 1:  # the recipe itself asks for what cannot be
                 raise

@@ -38,7 +38,7 @@ class Exactness:
 
 
 EXACTNESS: Mapping[str, Exactness] = {
-    "int8": Exactness(0.25, 1e-3),  # where the output itself is left in float
+    "int8": Exactness(0.25, 1e-3),  # where no activation is rounded, but weights alone
     "fp32": Exactness(0.25, 1e-3),
     # A significand of 11 bits, and 65504 is the largest number.
     "fp16": Exactness(1.0, 1e-2, "; set precision: bf16 or fp32"),

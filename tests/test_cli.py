@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from tiny_bundle import make_bundle
 from tiny_run import CALIBRATED, snapshot
 
 import deploykit as package
+from deploykit import cli
 from deploykit.recipe.schema import keys
 
 PROGRAM = [sys.executable, "-c", "from deploykit.cli import main; main()"]
@@ -219,6 +221,19 @@ def test_predict_answers_one_line_a_file(deploykit, bundle):
     answers = json.loads(deploykit("predict", bundle, *files, "--json").out)
     assert [answer["file"] for answer in answers] == [str(file) for file in files]
     assert {"circle", "square", "star"} & set(done.out.replace(",", " ").split())
+
+
+def test_names_of_any_bytes_are_told(bundle, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(bundle / "golden/000.png", name)
+    done = subprocess.run([*PROGRAM, "predict", bundle, name], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"caf\\udce9.png: " in done.stdout
+
+
+def test_command_of_any_bytes_can_be_reported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["deploykit", "compress", os.fsdecode(b"caf\xe9")])
+    assert cli._command().encode() == rb"deploykit compress 'caf\udce9'"
 
 
 def test_predict_takes_arrays(deploykit, tmp_path):

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -131,6 +132,8 @@ def spoil(path, kind):
         (path / "cow").mkdir()
     elif kind == "link":
         (path / "cat" / "x.png").symlink_to(path / "gone.png")
+    elif kind == "bytes":
+        (path / "cat").rename(path / os.fsdecode(b"caf\xe9"))
     elif kind == "flat":
         for folder in ("cat", "dog"):
             (path / folder).rename(path.parent / folder)
@@ -143,6 +146,7 @@ def spoil(path, kind):
         ("empty", r"train/cow: expected images of the class, got none"),
         ("link", r"train/cat/x\.png: expected a regular file"),
         ("flat", r"train: expected one folder for each class, got no folder"),
+        ("bytes", r"train: expected names of classes in UTF-8, got 'caf\\udce9'; rename it"),
     ],
 )
 def test_bad_folders_are_one_sentence(tmp_path, kind, message):

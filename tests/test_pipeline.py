@@ -14,7 +14,7 @@ from deploykit.artifacts import OnnxModel
 from deploykit.course import Course
 from deploykit.decisions import Decision, check_budget, ptq_decision, stage_decision
 from deploykit.errors import DataError, UsageError
-from deploykit.making import judge_integers
+from deploykit.making import judge_precision
 from deploykit.measure import Evaluation, evaluate_onnx
 from deploykit.publish import LOCK, lock_folder
 from deploykit.recipe import dump_recipe, load_recipe
@@ -402,8 +402,18 @@ def test_integers_are_dropped_where_they_are_known_to_be_slower(tmp_path, ratio,
     course = Course([fake_stage("train", tmp_path, size=400)])
     course.add(fake_stage("quantize", tmp_path))
     measured = {"train": figures(1.0), "quantize": figures(ratio)}
-    judge_integers(course, SimpleNamespace(quantize=QuantizeSection()), measured)
+    judge_precision(course, SimpleNamespace(quantize=QuantizeSection()), measured)
     assert (course.final.name == "quantize") is kept
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.7, True), (0.95, False), (1.5, False)])
+def test_halves_that_are_slower_are_kept_as_asked_and_said_to_be(tmp_path, ratio, told):
+    course = Course([fake_stage("train", tmp_path, size=400)], reasons={"convert": "fp16"})
+    course.add(fake_stage("convert", tmp_path))
+    measured = {"train": figures(1.0), "convert": figures(ratio)}
+    judge_precision(course, SimpleNamespace(quantize=None), measured)
+    assert course.final.name == "convert"
+    assert ("slower here" in course.reasons["convert"]) is told
 
 
 def test_replayed_measurements_that_lack_a_stage_are_told(tmp_path):

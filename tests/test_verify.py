@@ -229,3 +229,13 @@ def test_every_batch_size_takes_part(floating, monkeypatch):
     assert tuple(sizes[:4]) == BATCH_SIZES == (1, 2, 7, 64)
     sizes.clear()
     assert parity_of(floating, VerifySection(samples=5)).samples == sum(sizes) == 5
+
+
+def test_a_float_layer_behind_integers_may_carry_their_steps(integer, folder, tmp_path):
+    candidate = calibrate(candidate_of(settled(plain())), PIXELS, target=TARGET, keep_float=("fc",))
+    exported = candidate, export_onnx(candidate, folder / "mixed.onnx", name="tiny")
+    parity = parity_of(exported)
+    assert parity.allowed_steps == VerifySection().max_steps
+    assert parity.max_steps <= 2
+    with pytest.raises(VerificationError):
+        parity_of(altered(exported, tmp_path / "broken.onnx", "fc", turn))
