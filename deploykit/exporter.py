@@ -22,12 +22,13 @@ from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
 from deploykit.quantization.graphs import quiet
 from deploykit.quantization.recurrent import quantize_recurrent
-from deploykit.quantization.rules import kernels, module_of
+from deploykit.quantization.rules import module_of, written_layers
 from deploykit.targets import CPU, resolve_target
 
 OPSET = 20
 # As the exporter writes it: op='aten.name' or target=torch.ops.aten.name.overload.
 OPERATOR = re.compile(r"(?:op='|target=torch\.ops\.)((?!higher_order)\w+\.\w+)")
+STATISTICS = ("running_mean", "running_var")
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # by ONNX Runtime, where they are floats
 
@@ -52,7 +53,7 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
     check_finite(candidate)
     graph = candidate_graph(candidate)
     proto = _to_onnx(candidate, graph)
-    _name_layers(proto.graph, [module_of(node) for node in kernels(graph.graph)])
+    _name_layers(proto.graph, [module_of(node) for node in written_layers(graph.graph)])
     quantization = candidate.structure.get("quantization")
     target = resolve_target(quantization["target"]) if quantization else None
     if quantization and target and target.providers == (CPU,):
@@ -85,10 +86,14 @@ def check_finite(candidate: Candidate) -> None:
     Raises:
         ModelError: naming the tensors.
     """
+    learned = {name for name, _ in candidate.module.named_parameters()}
     broken = [
         name
         for name, value in candidate.module.state_dict().items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+        if value.is_floating_point()
+        and not (finite := torch.isfinite(value)).all()
+        # A mask may hold infinity.
+        and (name in learned or name.endswith(STATISTICS) or bool(value[~finite].isnan().any()))
     ]
     if broken:
         raise ModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ class LayerShape:
         padding: added on both sides.
         dilation: step within a window.
         precision: dtype of the activations that it reads: ``float32``, ``uint8`` or ``int8``.
+        calls: how often a sample goes through it, as windows of an image or levels of a pyramid
+            do; smaller calls count by their share of the multiply-accumulates.
     """
 
     kind: Literal["conv", "transposed", "linear"]
@@ -42,11 +45,13 @@ class LayerShape:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     precision: str = "float32"
+    calls: float = 1.0
 
     @property
     def key(self) -> str:
-        """Return the shape as text, the same in every process."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Return the shape of one call as text, the same in every process."""
+        one = {name: value for name, value in asdict(self).items() if name != "calls"}
+        return json.dumps(one, sort_keys=True, separators=(",", ":"))
 
     @property
     def macs(self) -> int:
@@ -60,7 +65,7 @@ class LayerShape:
                 for size, kernel, stride, padding, dilation in spans
             )
         weights = self.inputs * self.outputs // self.groups * math.prod(self.kernel)
-        return weights * math.prod(places)
+        return round(weights * math.prod(places) * self.calls)
 
     def with_widths(self, widths: LayerWidths) -> LayerShape:
         """Return the layer with other widths, as `read_widths` gives them."""
@@ -79,22 +84,33 @@ def layers_of(module: nn.Module) -> list[str]:
 def layer_shapes(module: nn.Module, example: Tensor) -> dict[str, LayerShape]:
     """Return the shape of each convolution and linear layer that a forward pass calls.
 
-    Attention counts as the layers that stand for it once heads are gone.
+    Of a layer that is called several times it is the largest one. Attention counts as the layers
+    that stand for it once heads are gone.
 
     Args:
         module: left as it is.
         example: float input ``(N, ...)``.
     """
-    shapes: dict[str, LayerShape] = {}
     with splitting_attention(module):
-        _note_shapes(module, example, shapes)
-    return shapes
+        noted = _note_shapes(module, example)
+    return {name: _largest(calls) for name, calls in noted.items()}
 
 
-def _note_shapes(module: nn.Module, example: Tensor, shapes: dict[str, LayerShape]) -> None:
+def _largest(calls: Sequence[LayerShape]) -> LayerShape:
+    largest = max(calls, key=lambda call: call.macs)
+    once = replace(largest, calls=1.0).macs
+    return replace(largest, calls=sum(call.macs for call in calls) / once) if once else largest
+
+
+def _note_shapes(module: nn.Module, example: Tensor) -> dict[str, list[LayerShape]]:
+    shapes: dict[str, list[LayerShape]] = {}
+
     def note(name: str) -> Any:
         def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            shapes[name] = _shape(layer, tuple(inputs[0].shape[1:]))
+            rows, *read = inputs[0].shape
+            # Windows or frames may stand in the first axis beside the samples.
+            shape = replace(_shape(layer, tuple(read)), calls=rows / len(example))
+            shapes.setdefault(name, []).append(shape)
 
         return hook
 
@@ -107,6 +123,7 @@ def _note_shapes(module: nn.Module, example: Tensor, shapes: dict[str, LayerShap
     finally:
         for hook in hooks:
             hook.remove()
+    return shapes
 
 
 def _shape(layer: Any, read: tuple[int, ...]) -> LayerShape:

@@ -157,7 +157,8 @@ def train_quantized(
     exact, example = exact_inputs(candidate, target), example_input(candidate, batch=2)
     kept = _kept(candidate, keep_float)
     graph = training_graph(candidate.module, example, target, exact, kept)
-    plan = recovery_plan(training.plan, section)
+    # What observes ranges reads float32.
+    plan = recovery_plan(training.plan, section).model_copy(update={"precision": "32"})
     taught = None
     if section.distill:
         taught = distillation(teacher or candidate.module, training, plan, section)

@@ -11,7 +11,9 @@ from deploykit.artifacts import Candidate, Signature, TensorSpec
 from deploykit.errors import CompressionError
 from deploykit.prune import align_widths
 from deploykit.prune.align import Growth, grow_tensors
+from deploykit.quantization.graphs import set_graph_mode, training_graph
 from deploykit.structure import load_candidate, save_candidate
+from deploykit.targets import TARGETS
 
 SHAPE = (8, 8, 3)
 
@@ -201,3 +203,15 @@ def test_wider_candidate_is_rebuilt(tmp_path):
     assert loaded.module[1].groups == 16
     with torch.no_grad():
         assert torch.equal(loaded.module(images()), wider.module(images()))
+
+
+def test_wider_model_trains_integers():
+    torch.manual_seed(0)
+    candidate = candidate_of(settled(Between(*depthwise(12, nn.ReLU()), width=12, readers=12)))
+    wider = align_widths(candidate, 16)
+    graph = training_graph(wider.module, images(), TARGETS["cpu-x86-vnni"], {})
+    set_graph_mode(graph, True, frozenset())
+    answer = graph(images())
+    answer.square().sum().backward()
+    assert answer.isfinite().all()
+    assert all(one.grad.isfinite().all() for one in graph.parameters() if one.grad is not None)

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,7 @@ from deploykit.data.pixels import normalize
 from deploykit.errors import ExportError, ModelError
 from deploykit.exporter import OPSET, export_onnx
 from deploykit.fusion import fused_operators
+from deploykit.models.weights import _tensor_fault
 from deploykit.quantize import calibrate
 from deploykit.recipe.sections import VerifySection
 from deploykit.structure import rebuild, save_candidate
@@ -196,6 +198,32 @@ def test_layers_are_called_as_the_modules(models):
         names = [node.name for node in onnx.load(model.path).graph.node]
         assert {"c1", "c2", "fc"} <= set(names)
         assert len(set(names)) == len(names)
+
+
+def test_layers_keep_their_names_beside_products_that_are_none(tmp_path):
+    def forward(net, x):
+        x = functional.relu(net.c1(x)).unsqueeze(2)
+        return pooled(net.c3(x).squeeze(2)) @ net.projection
+
+    net = Net(forward, c1=conv(CHANNELS, 8), c3=nn.Conv3d(8, 8, 1))
+    net.projection = nn.Parameter(torch.randn(8, CLASSES))
+    model = export_onnx(candidate_of(net.eval()), tmp_path / "m.onnx", name="tiny")
+    assert {"c1", "c3"} <= {node.name for node in onnx.load(model.path).graph.node}
+
+
+@pytest.mark.parametrize(("value", "right"), [(float("-inf"), True), (float("nan"), False)])
+def test_a_mask_may_hold_infinity(tmp_path, value, right):
+    net = Net(lambda net, x: net.fc((x.flatten(1) + net.mask).exp()), fc=nn.Linear(432, CLASSES))
+    net.register_buffer("mask", torch.zeros(432).index_fill(0, torch.arange(9), value))
+    with nullcontext() if right else pytest.raises(ModelError, match="mask"):
+        export_onnx(candidate_of(net.eval()), tmp_path / "m.onnx", name="tiny")
+
+
+def test_weights_with_a_mask_are_taken_where_the_model_has_it():
+    masked, whole = torch.tensor([0.0, float("-inf")]), torch.zeros(2)
+    assert _tensor_fault(masked, masked, None) == ""
+    assert "infinity" in _tensor_fault(masked, whole, None)
+    assert "NaN" in _tensor_fault(masked * 0, masked, None)
 
 
 def test_every_layer_of_the_integer_model_runs_in_integers(models):

@@ -1,10 +1,12 @@
 import json
 
 import pytest
+import torch
 from tiny_quantized import EXAMPLE, TARGET, candidate_of, plain, settled
 from torch import nn
 
 from deploykit import latency_model
+from deploykit.cost import count_macs
 from deploykit.latency_model import LatencyCost, LatencyModel, Part
 from deploykit.layer_shapes import layer_shapes
 from deploykit.measure.layer_times import LayerTimes
@@ -115,3 +117,24 @@ def test_record_keeps_what_an_earlier_trial_asked(cost):
     later = LatencyCost(cost.candidate, TARGET, "int8", times=LayerTimes(1), record=cost.record)
     later.speedup(settled(plain()), ["another"])
     assert json.loads(cost.record.read_text())["layers"].keys() >= before.keys()
+
+
+class Windows(nn.Module):
+    """A layer that sees windows of each image, and one that is called for two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.qkv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        windows = x.reshape(len(x), 3, -1, 4).permute(0, 2, 3, 1).flatten(0, 1)
+        seen = self.qkv(windows).reshape(len(x), -1, 8).mean(1)
+        return self.fc(seen + self.conv(x).mean((2, 3)) + self.conv(x[..., ::2, ::2]).mean((2, 3)))
+
+
+def test_what_a_sample_goes_through_several_times_is_counted_so():
+    example = torch.randn(2, 3, 12, 12)
+    shapes = layer_shapes(Windows(), example)
+    assert (shapes["qkv"].size, shapes["qkv"].calls) == ((4,), 36)
+    assert shapes["conv"].size == (12, 12)
+    assert sum(shape.macs for shape in shapes.values()) == count_macs(Windows(), example)

@@ -395,6 +395,30 @@ def test_training_calibration_and_integers_compute_the_same(make):
     assert equal.float().mean() > 0.99
 
 
+def test_a_norm_that_scales_by_zero_trains():
+    """As the last one of a residual block that begins as its shortcut."""
+    net = settled(plain())
+    nn.init.zeros_(net.n2.weight)
+    graph = training_graph(net, EXAMPLE, TARGET, {})
+    set_graph_mode(graph, True, NOTHING)
+    answer = graph(batch(8))
+    answer.square().sum().backward()
+    assert answer.isfinite().all()
+    assert all(one.grad.isfinite().all() for one in graph.parameters() if one.grad is not None)
+    assert not net.n2.weight.any(), "the module stays as it was"
+
+
+def test_tensors_that_a_graph_makes_are_made_where_it_is():
+    net = Net(
+        lambda net, x: net.fc(pooled(x)) + torch.arange(CLASSES, device=x.device),
+        fc=nn.Linear(CHANNELS, CLASSES),
+    )
+    graph = training_graph(net, EXAMPLE, TARGET, {}).to("meta")
+    set_graph_mode(graph, True, NOTHING)
+    made = [node.kwargs["device"] for node in graph.graph.nodes if "device" in node.kwargs]
+    assert made == [torch.device("meta")]
+
+
 # Canonical spellings
 
 SPELLINGS = {
@@ -416,6 +440,10 @@ SPELLINGS = {
         {aten.mean.dim},
     ),
     "mean of channels": (lambda x: x.mean((1, 2)), set()),
+    "clip at six": (lambda x: functional.relu6(x * 3), {aten.relu6.default}),
+    "clip in place": (lambda x: (x * 3).clamp_(0, 2), {aten.clamp_.default}),
+    "clip from below": (lambda x: x.clamp(min=0), {aten.clamp.default}),
+    "clip from above": (lambda x: x.clamp(max=0.5), set()),
     "mean in another type": (lambda x: x.mean((2, 3), dtype=torch.float64), set()),
 }
 

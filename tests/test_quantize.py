@@ -384,6 +384,19 @@ def test_a_pattern_whose_layers_went_with_a_removed_block_is_no_fault(trained, t
     assert mixed.structure["quantization"]["keep_float"] == ["head"]
 
 
+def test_a_rate_that_integers_do_not_survive_is_named(trained, training):
+    section = QuantizeSection(mode="qat", epochs=1, lr=1e30)
+    with pytest.raises(ModelError, match=r"expected finite numbers.*lower the learning rate"):
+        train_quantized(trained, training, section, target=TARGET)
+
+
+def test_integers_are_trained_in_float32_whatever_the_float_model_was(trained, training):
+    halves = replace(training, plan=PLAN.model_copy(update={"precision": "bf16"}))
+    section = QuantizeSection(mode="qat", epochs=1)
+    found = train_quantized(trained, halves, section, target=TARGET)
+    assert found.structure["quantization"]["mode"] == "qat"
+
+
 def test_a_structure_of_before_mixed_precision_still_loads(ptq, base, tmp_path):
     quantization = dict(ptq.structure["quantization"])
     assert quantization.pop("keep_float") == []

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from deploykit.artifacts import Candidate
 from deploykit.errors import CompressionError
@@ -107,14 +108,20 @@ def _ends(graph: Graph, group: Group) -> Iterator[tuple[tuple[str, int], int]]:
 
 @torch.no_grad()
 def grow_tensors(module: nn.Module, growth: Growth) -> None:
-    """Put zeros into the tensors of ``module``, ones where they are variances, in place."""
+    """Put zeros into the tensors of ``module``, ones where they divide, in place.
+
+    That is in variances, and in the scale of a norm: quantization-aware training takes the folded
+    scale out of a convolution's output again.
+    """
     grown: dict[str, Tensor] = {}
     for (name, dim), end in growth.ends.items():
         holder, _, key = name.rpartition(".")
-        old = grown.get(name, getattr(module.get_submodule(holder), key).detach())
+        owner = module.get_submodule(holder)
+        old = grown.get(name, getattr(owner, key).detach())
+        divides = key == "running_var" or (key == "weight" and isinstance(owner, _NormBase))
         shape = [*old.shape]
         shape[dim] = growth.added
-        fresh = old.new_full(shape, 1.0 if key == "running_var" else 0.0)
+        fresh = old.new_full(shape, 1.0 if divides else 0.0)
         rest = old.shape[dim] - end
         grown[name] = torch.cat([old.narrow(dim, 0, end), fresh, old.narrow(dim, end, rest)], dim)
     replace_tensors(module, grown)

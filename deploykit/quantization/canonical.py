@@ -136,6 +136,24 @@ def _window_pool(graph: GraphModule, node: Node) -> Node | None:
     return None if args == node.args else _insert(graph, node, node.target, args)
 
 
+def _clip(graph: GraphModule, node: Node) -> Node | None:
+    """Write a clip from zero as the operator that fuses into the layer before it."""
+    low, high = CLIPS.get(node.target) or _bounds(node)
+    if low != 0 or not isinstance(node.args[0], Node):
+        return None
+    if high is None:
+        return _insert(graph, node, aten.relu.default, (node.args[0],))
+    if not isinstance(high, int | float) or high <= 0:
+        return None
+    return _insert(graph, node, aten.hardtanh.default, (node.args[0], 0.0, float(high)))
+
+
+def _bounds(node: Node) -> tuple[Any, Any]:
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    return low, high
+
+
 def _norm(_graph: GraphModule, node: Node) -> None:
     if not folds(node):
         node.target = LONE_NORM
@@ -165,12 +183,23 @@ PADDED_BY_WORD: dict[Any, Any] = {
     aten.conv1d.padding: aten.conv1d.default,
     aten.conv2d.padding: aten.conv2d.default,
 }
+CLIPS: dict[Any, tuple[float, float]] = {
+    aten.relu6.default: (0.0, 6.0),
+    aten.relu6_.default: (0.0, 6.0),
+}
+CLAMPS = (
+    aten.clamp.default,
+    aten.clamp_.default,
+    aten.clamp_min.default,
+    aten.clamp_min_.default,
+)
 REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys(PADDED_BY_WORD, _same_padding),
     aten.flatten.using_ints: _flatten,
     aten.adaptive_avg_pool2d.default: _global_pool,
     aten.avg_pool2d.default: _window_pool,
     aten.mean.dim: _mean,
+    **dict.fromkeys((*CLIPS, *CLAMPS), _clip),
     NORM: _norm,
 }
 # x * gate(x)

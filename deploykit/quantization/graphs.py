@@ -49,6 +49,7 @@ from deploykit.quantization.spellings import spell_integers
 from deploykit.targets import Target
 
 aten = torch.ops.aten
+LEAST_SCALE = 1e-6  # of a BatchNorm, beside 1
 TALKERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "torchao")
 
 
@@ -92,6 +93,7 @@ def training_graph(
     weight before that is quantized (Jacob et al. 2018, section 3.2).
     """
     graph = decompose(trace(module, example))
+    _lift_zeros(graph)
     norms = {_norm_name(node): _norm_constants(module, node) for node in _norms(graph)}
     with quiet():
         prepared: GraphModule = prepare_qat_pt2e(
@@ -210,6 +212,7 @@ def set_graph_mode(graph: nn.Module, training: bool, frozen: frozenset[str]) -> 
     are learned from training samples only.
     """
     assert isinstance(graph, GraphModule)
+    _make_on(graph, next(graph.parameters()).device)
     for node in graph.graph.nodes:
         if node.target in DROPOUTS:
             node.update_arg(2, training)
@@ -218,6 +221,15 @@ def set_graph_mode(graph: nn.Module, training: bool, frozen: frozenset[str]) -> 
     graph.recompile()
     for module in _ranges(graph):
         module.enable_observer(training)  # type: ignore[operator]
+
+
+def _make_on(graph: GraphModule, device: torch.device) -> None:
+    """Let tensors that the graph makes be made on its device: an exported graph has its own."""
+    for node in graph.graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.update_kwarg("device", device)
+        elif node.target is aten.to.device:
+            node.update_arg(1, device)
 
 
 def freeze_statistics(graph: nn.Module) -> None:
@@ -254,6 +266,16 @@ def _norm_constants(module: nn.Module, norm: Node) -> tuple[Any, ...]:
     owner = module.get_submodule(_norm_name(norm))
     cumulative = getattr(owner, "momentum", 0.1) is None
     return (0.1 if cumulative else norm.args[6]), norm.args[7]
+
+
+@torch.no_grad()
+def _lift_zeros(graph: GraphModule) -> None:
+    """Let no BatchNorm scale by exactly zero: the folded scale is divided out again."""
+    for norm in _norms(graph):
+        scale = norm.args[1]
+        if isinstance(scale, Node) and scale.op == "get_attr":
+            weight = graph.get_parameter(str(scale.target))
+            weight.masked_fill_(weight == 0, LEAST_SCALE)
 
 
 def _restore_norm_constants(graph: GraphModule, norms: Mapping[str, tuple[Any, ...]]) -> None:

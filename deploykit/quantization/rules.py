@@ -43,6 +43,17 @@ WEIGHTED = frozenset(
         aten.linear.default,
     }
 )
+# Layers that stay as they are, and where their weight stands.
+CONSTANT_FACTORS = {
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 1,
+    aten.conv3d.default: 1,
+    aten.conv3d.padding: 1,
+    aten.conv_transpose3d.input: 1,
+    aten.matmul.default: 1,
+    aten.mm.default: 1,
+    aten.addmm.default: 2,
+}
 # No integer kernel: in float, where integer weights would be converted at every run.
 TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
 ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
@@ -72,7 +83,6 @@ CLIPPING = frozenset(
         aten.relu_.default,
         aten.hardtanh.default,
         aten.hardtanh_.default,
-        aten.relu6.default,
     }
 )
 # A clip fuses only where the range it leaves starts at zero: ONNX Runtime drops a Relu whose
@@ -90,6 +100,7 @@ MOVING = frozenset(
         aten.slice.Tensor,
         aten.pad.default,
         aten.constant_pad_nd.default,
+        aten.max_pool1d.default,
         aten.max_pool2d.default,
         aten.reshape.default,
         aten.view.default,
@@ -168,6 +179,15 @@ def quantized_tensors(
 def kernels(graph: Graph) -> Iterator[Node]:
     """Yield the weighted nodes of ``graph``, whatever they compute in."""
     return (node for node in graph.nodes if _is_weighted(node))
+
+
+def written_layers(graph: Graph) -> Iterator[Node]:
+    """Yield what a file writes as a convolution or a product with a constant, known here or not."""
+    for node in graph.nodes:
+        place = 1 if node.target in WEIGHTED else CONSTANT_FACTORS.get(node.target)
+        factor = None if place is None else node.args[place]
+        if isinstance(factor, Node) and _is_constant(factor):
+            yield node
 
 
 def match_layers(
@@ -327,8 +347,10 @@ def folds(norm: Node) -> bool:
     complete = all(isinstance(tensor, Node) for tensor in norm.args[1:5])
     if not complete or not isinstance(layer, Node) or not _is_weighted(layer):
         return False
+    # What is computed from others, as by spectral_norm, is nowhere to be folded into.
+    held = [*layer.all_input_nodes[1:], *norm.all_input_nodes[1:]]
     alone = len(layer.users) == 1 and all(
-        len(constant.users) == 1 for constant in layer.all_input_nodes[1:]
+        one.op == "get_attr" and len(one.users) == 1 for one in held
     )
     if layer.target is aten.linear.default:
         return alone and layer.meta["val"].ndim == 2

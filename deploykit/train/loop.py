@@ -250,7 +250,11 @@ class _Fit:
         """Add the gradient of a batch that makes up ``share`` of the step's samples."""
         cursor, targets = self.cursor, batch.targets
         self._seed("step", batch.index)
-        outputs = self.learner.forward(batch.inputs)
+        try:
+            outputs = self.learner.forward(batch.inputs)
+        except (AssertionError, RuntimeError, ValueError):
+            self._check_weights()  # what watches ranges fails in its own words
+            raise
         self._check_outputs(outputs, targets)
         loss = self.loss(outputs, targets, batch.inputs)
         self.learner.backward(loss if share == 1 else loss * share)
