@@ -101,6 +101,10 @@ def gained():
 
 
 # name -> net, floats that become integers again (islands), operators that must be there
+def pool_row(x):
+    return functional.max_pool1d(functional.relu(x), 2)
+
+
 FAMILIES = {
     "hard-swish": (
         lambda: between(lambda net, x: functional.hardswish(x)),
@@ -241,6 +245,19 @@ FAMILIES = {
         {"QGemm": 5, "Add": 2, "Softmax": 1, "QLinearConv": 1},
     ),
     "convnext": (gained, 2, {"QGemm": 3, "QLinearAdd": 1, "QLinearMul": 1, "QLinearConv": 3}),
+    "sequence": (
+        lambda: Net(
+            lambda net, x: net.fc(
+                pool_row(net.c2(pool_row(net.n1(net.c1(x.flatten(2)))))).mean(-1)
+            ),
+            c1=nn.Conv1d(CHANNELS, 16, 3, padding=1),
+            n1=nn.BatchNorm1d(16),
+            c2=nn.Conv1d(16, 16, 3, padding=1),
+            fc=nn.Linear(16, CLASSES),
+        ),
+        1,
+        {"QLinearConv": 2, "MaxPool": 2, "QGemm": 1, "ReduceMean": 1},
+    ),
     "embedding": (
         lambda: Net(
             lambda net, x: net.fc(net.words((x[:, :1, :1] > 0).long()).flatten(1)),
