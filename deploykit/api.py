@@ -61,7 +61,8 @@ def compress(
             such as ``path/to/file.py:function``: only then can another process rebuild the
             candidates of the run.
         data: a ``deploykit.data.Dataset``, or ``{"train": (x, y), "validation": (x, y), "test":
-            (x, y)}`` of numpy arrays: uint8 images ``(n, H, W[, C])`` or float features.
+            (x, y)}`` of numpy arrays: uint8 images ``(n, H, W[, C])`` or float features; without
+            ``test`` half of ``validation`` becomes it.
         out: the run's folder.
         name: of the run and its bundle.
         seed: all randomness follows from it.
@@ -82,12 +83,14 @@ def compress(
         budget: likewise.
         force: replace a run that stands at ``out``.
         resume: continue an interrupted run.
-        progress: who is told how far it is; default: nobody.
+        progress: who is told how far it is, such as ``deploykit.progress.ConsoleProgress()``;
+            default: nobody.
 
     Returns:
         The finished run.
 
     Raises:
+        BudgetError: a budget does not hold; the report stands at ``out`` all the same.
         DeploykitError: see `deploykit.errors`.
 
     Example:

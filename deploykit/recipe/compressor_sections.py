@@ -69,10 +69,11 @@ class PruneSection(RecoverySection):
         True, description="speedup, latency_ms, macs: whole residual blocks may go as well"
     )
     importance: Literal["l1", "l2", "taylor"] = Field(
-        "l2", description="what makes a channel worth keeping"
+        "l2", description="what makes a channel worth keeping; taylor: with channel_ratio only"
     )
     scope: Literal["global", "uniform"] = Field(
-        "global", description="rank channels over all layers, or take the same share of each"
+        "global",
+        description="channel_ratio: rank channels over all layers, or take the same share of each",
     )
     steps: Count = Field(1, description="prune in so many steps, each followed by recovery")
     protect: Patterns = Field((), description="shell patterns of modules to leave whole")
@@ -109,7 +110,7 @@ class SurgerySection(RecoverySection):
     activations: bool = Field(True, description="hard-swish, SiLU and Mish become ReLU6")
     squeeze_excite: bool = Field(
         True,
-        description="squeeze-and-excite goes, its mean factors into the weights of a neighbour",
+        description="squeeze-and-excite goes; its mean effect moves to the weights beside it",
     )
     protect: Patterns = Field((), description="shell patterns of modules to leave whole")
 
@@ -147,7 +148,7 @@ class QuantizeSection(RecoverySection):
     mix: bool = Field(
         False,
         description="layers that are not faster in integers stay in float as well, by measurement, "
-        "where this machine is the target; tried without asking where min_speedup is missed",
+        "where this machine is the target; a trial for min_speedup may turn it on",
     )
     align: bool = Field(
         True,

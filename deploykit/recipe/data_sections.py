@@ -60,10 +60,10 @@ class DataSection(Section):
     )
     train: str | None = Field(None, description="file or folder of the training split; path")
     validation: Fraction | str = Field(
-        0.15, description="fraction cut from train, or a file or folder of its own"
+        0.15, description="fraction above 0 cut from train, or a file or folder of its own"
     )
     test: Fraction | str = Field(
-        0.15, description="fraction cut from train, or a file or folder of its own"
+        0.15, description="fraction above 0 cut from train, or a file or folder of its own"
     )
     image_column: str = Field("image", description="parquet, csv: column of the image")
     label_column: str = Field("label", description="parquet, csv: column of the label")

@@ -25,7 +25,7 @@ budget: {max_drop: 0.01, min_speedup: 1.5}
 """
 
 INTRODUCTION = """\
-A recipe describes one run of `deploykit compress`, from data to the candidate that ships. It is
+A recipe describes one run of `deploykit compress`, from data to the model that ships. It is
 one YAML file, complete in itself. Sections stand in the order in which they run; an absent section
 (or one that is `null`) is a skipped stage. Unknown keys are faults. Paths are relative to the
 recipe's folder.

@@ -123,7 +123,7 @@ class Recipe(Section):
     target: str = Field(
         "cpu",
         description="where the model will run: cpu (this machine's), cpu-x86-vnni, cpu-x86-avx2, "
-        "cpu-arm64, cuda, tensorrt, web",
+        "cpu-arm64, cuda (without quantize), tensorrt, web",
     )
     precision: Literal["fp32", "fp16", "bf16"] | None = Field(
         None,

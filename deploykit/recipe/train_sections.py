@@ -23,7 +23,7 @@ Temperature = Annotated[
 ]
 Share = Annotated[
     FiniteFloat,
-    Field(ge=0, le=1, description="distillation: share of the loss that is not the labels'"),
+    Field(ge=0, le=1, description="distillation: share of the loss that is the teacher's"),
 ]
 
 
