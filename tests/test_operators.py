@@ -255,8 +255,8 @@ FAMILIES = {
             c2=nn.Conv1d(16, 16, 3, padding=1),
             fc=nn.Linear(16, CLASSES),
         ),
-        1,
-        {"QLinearConv": 2, "MaxPool": 2, "QGemm": 1, "ReduceMean": 1},
+        0,
+        {"QLinearConv": 2, "MaxPool": 2, "QLinearAveragePool": 1, "QGemm": 1},
     ),
     "embedding": (
         lambda: Net(

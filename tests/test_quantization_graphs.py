@@ -444,6 +444,17 @@ SPELLINGS = {
     "clip in place": (lambda x: (x * 3).clamp_(0, 2), {aten.clamp_.default}),
     "clip from below": (lambda x: x.clamp(min=0), {aten.clamp.default}),
     "clip from above": (lambda x: x.clamp(max=0.5), set()),
+    "mean of rows": (lambda x: x.flatten(2).mean(-1), {aten.mean.dim}),
+    "mean of rows that keeps axes": (
+        lambda x: x.flatten(2).mean(2, keepdim=True),
+        {aten.mean.dim},
+    ),
+    "pool rows to one": (
+        lambda x: functional.adaptive_avg_pool1d(x.flatten(2), 1),
+        {aten.adaptive_avg_pool1d.default},
+    ),
+    "pool rows to two": (lambda x: functional.adaptive_avg_pool1d(x.flatten(2), 2), set()),
+    "mean of columns": (lambda x: x.flatten(2).mean(1), set()),
     "mean in another type": (lambda x: x.mean((2, 3), dtype=torch.float64), set()),
 }
 

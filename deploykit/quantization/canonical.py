@@ -108,9 +108,11 @@ def _global_pool(graph: GraphModule, node: Node) -> Node | None:
 
 
 def _mean(graph: GraphModule, node: Node) -> Node | None:
-    """A mean over height and width is a pooling; over other axes it stays as it is."""
+    """A mean over height and width, or over a row, is a pooling; over other axes it stays."""
     source, axes = arguments(node)[:2]
     shape = source.meta["val"].shape
+    if len(shape) == 3 and axes is not None and [axis % 3 for axis in axes] == [2]:
+        return _row_mean(graph, node) if node.kwargs.get("dtype") is None else None
     if len(shape) != 4 or axes is None or {axis % 4 for axis in axes} != {2, 3}:
         return None
     if not _static(shape[2:]) or node.kwargs.get("dtype") is not None:
@@ -118,6 +120,21 @@ def _mean(graph: GraphModule, node: Node) -> Node | None:
     pooled = _insert(graph, node, aten.avg_pool2d.default, (source, list(shape[2:])))
     keep = len(node.args) > 2 and node.args[2]
     return pooled if keep else _reshape(graph, node, pooled, node.meta["val"].shape)
+
+
+def _row_pool(graph: GraphModule, node: Node) -> Node | None:
+    return _row_mean(graph, node) if list(arguments(node)[1]) == [1] else None
+
+
+def _row_mean(graph: GraphModule, node: Node) -> Node | None:
+    """Write the mean of each row of a sequence as the mean over an image of height one."""
+    source = arguments(node)[0]
+    length = source.meta["val"].shape[2]
+    if not _static([length]):
+        return None
+    image = _insert(graph, node, aten.unsqueeze.default, (source, 2))
+    pooled = _insert(graph, node, aten.avg_pool2d.default, (image, [1, length]))
+    return _reshape(graph, node, pooled, node.meta["val"].shape)
 
 
 def _window_pool(graph: GraphModule, node: Node) -> Node | None:
@@ -196,6 +213,7 @@ CLAMPS = (
 REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys(PADDED_BY_WORD, _same_padding),
     aten.flatten.using_ints: _flatten,
+    aten.adaptive_avg_pool1d.default: _row_pool,
     aten.adaptive_avg_pool2d.default: _global_pool,
     aten.avg_pool2d.default: _window_pool,
     aten.mean.dim: _mean,
