@@ -473,6 +473,12 @@ def test_canonical_spelling_keeps_values(forward, gone):
         assert torch.allclose(graph(batch(count)), expected, atol=1e-6)
 
 
+def test_a_clip_of_whole_numbers_stays_as_it_is():
+    """ONNX Runtime has no rectifier for them."""
+    graph = trace(Net(lambda net, x: (x * 3).long().clamp(min=0)), EXAMPLE)
+    assert aten.clamp.default in {node.target for node in graph.graph.nodes}
+
+
 def test_a_graph_shares_nothing_with_the_module_it_was_made_of():
     net = plain().train()
     net.n1.eval()

@@ -156,13 +156,14 @@ def _window_pool(graph: GraphModule, node: Node) -> Node | None:
 def _clip(graph: GraphModule, node: Node) -> Node | None:
     """Write a clip from zero as the operator that fuses into the layer before it."""
     low, high = CLIPS.get(node.target) or _bounds(node)
-    if low != 0 or not isinstance(node.args[0], Node):
+    source = arguments(node)[0]
+    if low != 0 or not source.meta["val"].dtype.is_floating_point:
         return None
     if high is None:
-        return _insert(graph, node, aten.relu.default, (node.args[0],))
+        return _insert(graph, node, aten.relu.default, (source,))
     if not isinstance(high, int | float) or high <= 0:
         return None
-    return _insert(graph, node, aten.hardtanh.default, (node.args[0], 0.0, float(high)))
+    return _insert(graph, node, aten.hardtanh.default, (source, 0.0, float(high)))
 
 
 def _bounds(node: Node) -> tuple[Any, Any]:

@@ -348,10 +348,9 @@ def folds(norm: Node) -> bool:
     if not complete or not isinstance(layer, Node) or not _is_weighted(layer):
         return False
     # What is computed from others, as by spectral_norm, is nowhere to be folded into.
-    held = [*layer.all_input_nodes[1:], *norm.all_input_nodes[1:]]
-    alone = len(layer.users) == 1 and all(
-        one.op == "get_attr" and len(one.users) == 1 for one in held
-    )
+    constants = layer.all_input_nodes[1:]
+    held = all(one.op == "get_attr" for one in (*constants, *norm.all_input_nodes[1:]))
+    alone = held and len(layer.users) == 1 and all(len(one.users) == 1 for one in constants)
     if layer.target is aten.linear.default:
         return alone and layer.meta["val"].ndim == 2
     groups = layer.args[6] if layer.target in TRANSPOSED and len(layer.args) > 6 else 1
