@@ -301,7 +301,7 @@ def test_run_ships_a_model_without_slow_operators(tmp_path):
 def test_surgery_that_costs_more_than_the_budget_allows_is_dropped(tmp_path, monkeypatch):
     measure_quickly(monkeypatch)
     monkeypatch.setattr("deploykit.course.pays", lambda *_: True)
-    monkeypatch.setattr("deploykit.making.validation_drop", lambda *_: (0.2, (0.1, 0.3)))
+    monkeypatch.setattr("deploykit.making.judged_drop", lambda *_: 0.2)
     budget = "budget: {max_drop: 0.1, trials: 1}\n"
     file = surgery_recipe(tmp_path, "{epochs: 0}", budget)
     report = run_recipe(read_recipe(file), tmp_path / "run").report
