@@ -32,7 +32,7 @@ class Trial:
         if self.outcome.failed:
             return {**self.outcome.to_json(), **dict.fromkeys(MADE), "latency_ms": {}}
         final = self.course.final
-        latency = self.measured[final.name]["latency"] if self.measured else {}
+        latency = self.measured[final.name]["latency"]
         return {
             **self.outcome.to_json(),
             "final": final.name,

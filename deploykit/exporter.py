@@ -21,8 +21,8 @@ from deploykit.precision import convert_floats, precision_of
 from deploykit.publish import write_atomic
 from deploykit.quantization.deployable import candidate_graph, deployable, raw_example
 from deploykit.quantization.graphs import quiet
+from deploykit.quantization.layers import module_of, written_layers
 from deploykit.quantization.recurrent import quantize_recurrent
-from deploykit.quantization.rules import module_of, written_layers
 from deploykit.targets import CPU, resolve_target
 
 OPSET = 20

@@ -163,11 +163,7 @@ class LatencyCost:
 
         Where the rounds leave that undecided it is 1.
         """
-        return self._speedup(
-            candidate.stage,
-            candidate,
-            lambda one: 1.0 if one.verdict == "undecided" else one.ratio,
-        )
+        return self._speedup(candidate.stage, candidate, lambda one: one.decided)
 
     def _speedup(self, key: str, candidate: Candidate, judge: Callable[[Latency], float]) -> float:
         self._read()

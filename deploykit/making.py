@@ -151,8 +151,6 @@ def judge_precision(course: Course, recipe: Recipe, measured: Mapping[str, JsonD
     (low, high), (least, most) = after.interval, before.interval
     between = replace(after, ratio=after.ratio / before.ratio, interval=(low / most, high / least))
     if recipe.quantize is not None and stage.name == "quantize":
-        course.judge(
-            stage, recipe.quantize, 1.0 if between.verdict == "undecided" else between.ratio
-        )
+        course.judge(stage, recipe.quantize, between.decided)
     elif between.verdict == "slower":
         course.reasons[stage.name] += ", as the recipe asks, though it is slower here"

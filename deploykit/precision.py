@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from deploykit.artifacts import Candidate
-from deploykit.quantization.rules import NORM
+from deploykit.quantization.operators import NORM
 
 
 @dataclass(frozen=True)

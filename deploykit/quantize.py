@@ -25,7 +25,8 @@ from deploykit.quantization.graphs import (
     trace,
     training_graph,
 )
-from deploykit.quantization.rules import Parameters, match_layers
+from deploykit.quantization.layers import match_layers
+from deploykit.quantization.rules import Parameters
 from deploykit.recipe.sections import QuantizeSection
 from deploykit.seeds import stable_seed
 from deploykit.sensitivity import (

@@ -17,13 +17,9 @@ from deploykit.data.pixels import normalize
 from deploykit.quantization.canonical import decompose
 from deploykit.quantization.deployable import candidate_graph, deployable, quantized_with
 from deploykit.quantization.graphs import quiet, rounding_graph, trace
-from deploykit.quantization.rules import (
-    WEIGHTED,
-    activations,
-    integer_kernels,
-    module_of,
-    quantized_tensors,
-)
+from deploykit.quantization.layers import module_of
+from deploykit.quantization.operators import WEIGHTED
+from deploykit.quantization.rules import activations, integer_kernels, quantized_tensors
 from deploykit.seeds import stable_seed
 
 BATCH, DRAWS = 4, 4

@@ -20,7 +20,7 @@ from deploykit.models.modes import evaluating
 from deploykit.models.normalization import fold_normalization
 from deploykit.models.patterns import match_modules
 from deploykit.quantization.graphs import trace
-from deploykit.quantization.rules import match_layers
+from deploykit.quantization.layers import match_layers
 from deploykit.recipe.sections import ModelSection, Recipe
 from deploykit.seeds import stable_seed
 from deploykit.structure import example_input

@@ -16,7 +16,9 @@ from deploykit.artifacts import Candidate, JsonDict, OnnxModel
 from deploykit.errors import VerificationError
 from deploykit.precision import EXACTNESS, HalfArithmetic, precision_of
 from deploykit.quantization.deployable import candidate_graph, deployable
-from deploykit.quantization.rules import NORM, kernels, module_of, moves
+from deploykit.quantization.layers import kernels, module_of
+from deploykit.quantization.operators import NORM
+from deploykit.quantization.rules import moves
 from deploykit.recipe.sections import VerifySection
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from deploykit.quantization.graphs import (
     trace,
     training_graph,
 )
-from deploykit.quantization.rules import kernels
+from deploykit.quantization.layers import kernels
 from deploykit.recipe.sections import GroupSection
 from deploykit.train import fit, stop_on_signals
 

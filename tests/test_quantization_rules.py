@@ -13,7 +13,8 @@ from deploykit.quantization.graphs import (
     trace,
     training_graph,
 )
-from deploykit.quantization.rules import kernels, quantized_tensors
+from deploykit.quantization.layers import kernels
+from deploykit.quantization.rules import quantized_tensors
 
 relu = functional.relu
 

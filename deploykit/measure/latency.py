@@ -55,6 +55,11 @@ class Latency:
             return "faster"
         return "slower" if high < 1 / (1 + self.margin) else "undecided"
 
+    @property
+    def decided(self) -> float:
+        """The ratio, 1 where the rounds leave it undecided."""
+        return 1.0 if self.verdict == "undecided" else self.ratio
+
     def to_json(self) -> JsonDict:
         """Return the fields and the verdict."""
         return {

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.quantization.rules import LONE_NORM, NORM, folds, pooling
+from deploykit.quantization.operators import LONE_NORM, NORM
+from deploykit.quantization.rules import folds, pooling
 
 aten = torch.ops.aten
 Rewrite = Callable[[GraphModule, Node], Node | None]

@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 
 from deploykit.artifacts import Candidate
 from deploykit.quantization.graphs import integer_graph, trace
+from deploykit.quantization.layers import module_of
 from deploykit.quantization.recurrent import integer_recurrence, round_recurrent
-from deploykit.quantization.rules import Parameters, module_of
+from deploykit.quantization.rules import Parameters
 from deploykit.runtime import zero_point_and_scale
 from deploykit.structure import example_input
 from deploykit.targets import CPU, Target, resolve_target

@@ -37,14 +37,8 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
 
 from deploykit.errors import CompressionError, ModelError
 from deploykit.quantization.canonical import canonicalize, decompose
-from deploykit.quantization.rules import (
-    DROPOUTS,
-    LONE_NORM,
-    NORM,
-    Parameters,
-    align,
-    quantized_tensors,
-)
+from deploykit.quantization.operators import DROPOUTS, LONE_NORM, NORM
+from deploykit.quantization.rules import Parameters, align, quantized_tensors
 from deploykit.quantization.spellings import spell_integers
 from deploykit.targets import Target
 

@@ -23,8 +23,8 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from deploykit.quantization.operators import WEIGHTED
 from deploykit.quantization.rules import (
-    WEIGHTED,
     Parameters,
     QuantizedTensor,
     align,

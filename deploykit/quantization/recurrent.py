@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from deploykit.quantization.rules import module_of
+from deploykit.quantization.layers import module_of
 
 # Narrower ones are slower in integers: 0.6x at 32, 0.8x at 64, 1.2x at 128, 2.3x at 256 units.
 MIN_UNITS = 128

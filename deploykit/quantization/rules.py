@@ -19,108 +19,33 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from deploykit.errors import CompressionError
+from deploykit.quantization.layers import is_weighted, module_of
+from deploykit.quantization.operators import (
+    ADDITIONS,
+    CLIPPING,
+    DROPOUTS,
+    HARD_SIGMOIDS,
+    LIGHT,
+    LONE_NORM,
+    MOVING,
+    NORM,
+    PAD_VALUES,
+    PRODUCTS,
+    RECTIFIERS,
+    SPLITS,
+    TRANSPOSED,
+    WEIGHTED,
+)
 
 aten = torch.ops.aten
 Parameters = tuple[float, int]  # scale and zero point
-
-WEIGHTED = frozenset(
-    {
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv_transpose1d.default,
-        aten.conv_transpose2d.input,
-        aten.linear.default,
-    }
-)
-# Layers that stay as they are, and where their weight stands.
-CONSTANT_FACTORS = {
-    aten.conv1d.padding: 1,
-    aten.conv2d.padding: 1,
-    aten.conv3d.default: 1,
-    aten.conv3d.padding: 1,
-    aten.conv_transpose3d.input: 1,
-    aten.matmul.default: 1,
-    aten.mm.default: 1,
-    aten.addmm.default: 2,
-}
-# No integer kernel: in float, where integer weights would be converted at every run.
-TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
-ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
-PRODUCTS = frozenset({aten.mul.Tensor, aten.mul_.Tensor})
-# Kernels without weights, that are worth no conversion of their own. Left out, as measured:
-# QLinearSoftmax is six times slower than the float one, QLinearMatMul of two activations no
-# faster.
-LIGHT = frozenset(
-    {
-        *ADDITIONS,
-        *PRODUCTS,
-        aten.sigmoid.default,
-        aten.leaky_relu.default,
-        aten.leaky_relu_.default,
-        aten.avg_pool2d.default,
-        aten.cat.default,
-        torch.batch_norm,
-    }
-)
-RECURRENT = frozenset({aten.lstm.input, aten.gru.input})
-NORM = aten.batch_norm.default
-# The same arithmetic by a name that no library folds into the layer before it.
-LONE_NORM = torch.batch_norm
-CLIPPING = frozenset(
-    {
-        aten.relu.default,
-        aten.relu_.default,
-        aten.hardtanh.default,
-        aten.hardtanh_.default,
-    }
-)
-# A clip fuses only where the range it leaves starts at zero: ONNX Runtime drops a Relu whose
-# quantized output has its smallest value as zero point, and keeps the kernel in float otherwise.
-RECTIFIERS = frozenset({aten.relu.default, aten.relu_.default})
-# An integer of the input stands for each value of the output, under parameters that follow.
-HARD_SIGMOIDS = frozenset({aten.hardsigmoid.default, aten.hardsigmoid_.default})
-SPLITS = frozenset(
-    {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
-)
-MOVING = frozenset(
-    {
-        *SPLITS,
-        operator.getitem,
-        aten.slice.Tensor,
-        aten.pad.default,
-        aten.constant_pad_nd.default,
-        aten.max_pool1d.default,
-        aten.max_pool2d.default,
-        aten.reshape.default,
-        aten.view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.movedim.int,
-        aten.select.int,
-        aten.contiguous.default,
-        aten.clone.default,
-    }
-)
-# Nothing in the model that ships; in training it scales what it lets through, out of the range.
-DROPOUTS = frozenset({aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default})
-# Where the value to pad with stands among the arguments.
-PAD_VALUES: dict[object, int] = {aten.pad.default: 3, aten.constant_pad_nd.default: 2}
 
 
 @dataclass(frozen=True)
@@ -174,59 +99,6 @@ def quantized_tensors(
         for node in graph.nodes
         if node in roots and not (node.target in DROPOUTS | SPLITS or _is_derived(node, roots))
     ]
-
-
-def kernels(graph: Graph) -> Iterator[Node]:
-    """Yield the weighted nodes of ``graph``, whatever they compute in."""
-    return (node for node in graph.nodes if _is_weighted(node))
-
-
-def written_layers(graph: Graph) -> Iterator[Node]:
-    """Yield what a file writes as a convolution or a product with a constant, known here or not."""
-    for node in graph.nodes:
-        place = 1 if node.target in WEIGHTED else CONSTANT_FACTORS.get(node.target)
-        factor = None if place is None else node.args[place]
-        if isinstance(factor, Node) and _is_constant(factor):
-            yield node
-
-
-def match_layers(
-    graph: Graph, patterns: Sequence[str], *, all_there: bool = True
-) -> frozenset[str]:
-    """Return the modules of layers that a pattern fits, by their name or one around them.
-
-    Args:
-        graph: a traced model.
-        patterns: shell patterns.
-        all_there: whether each must fit; not where blocks were removed, perhaps with its layers.
-
-    Raises:
-        CompressionError: a pattern fits none.
-    """
-    layers = sorted({module_of(node) for node in graph.nodes if _has_weights(node)})
-    matched: set[str] = set()
-    for pattern in patterns:
-        found = [
-            name
-            for name in layers
-            if any(fnmatchcase(around, pattern) for around in accumulate(name.split("."), _dotted))
-        ]
-        if not found and all_there:
-            near = ", ".join(get_close_matches(pattern, layers, n=3, cutoff=0.0))
-            raise CompressionError(
-                f"quantize.keep_float: {pattern!r} fits no layer with weights; near it are {near}",
-                layer=pattern,
-            )
-        matched.update(found)
-    return frozenset(matched)
-
-
-def _has_weights(node: Node) -> bool:
-    return _is_weighted(node) or node.target in RECURRENT
-
-
-def _dotted(around: str, name: str) -> str:
-    return f"{around}.{name}"
 
 
 def integer_kernels(graph: Graph, keep_float: frozenset[str] = frozenset()) -> Mapping[Node, Node]:
@@ -345,7 +217,7 @@ def folds(norm: Node) -> bool:
     """
     layer = norm.args[0]
     complete = all(isinstance(tensor, Node) for tensor in norm.args[1:5])
-    if not complete or not isinstance(layer, Node) or not _is_weighted(layer):
+    if not complete or not isinstance(layer, Node) or not is_weighted(layer):
         return False
     # What is computed from others, as by spectral_norm, is nowhere to be folded into.
     constants = layer.all_input_nodes[1:]
@@ -375,7 +247,7 @@ def _is_kernel(node: Node) -> bool:
     if node.op != "call_function" or not _is_float(node):
         return False
     if node.target in WEIGHTED:
-        return _is_weighted(node)
+        return is_weighted(node)
     if node.target in ADDITIONS | PRODUCTS:
         # Arithmetic with a literal has no second tensor for an integer kernel to read.
         return len(activations(node)) == len(node.args)
@@ -429,16 +301,6 @@ def _pair(sizes: Any) -> tuple[int, ...]:
     return listed * 2 if len(listed) == 1 else listed
 
 
-def _is_weighted(node: Node) -> bool:
-    """Whether ``node`` is a layer whose weight is known before any input is."""
-    return bool(node.target in WEIGHTED) and _is_constant(node.all_input_nodes[1])
-
-
-def _is_constant(node: Node) -> bool:
-    sources = node.all_input_nodes
-    return node.op == "get_attr" or (bool(sources) and all(map(_is_constant, sources)))
-
-
 def moves(node: Node) -> bool:
     """Whether ``node`` only moves values, zero (which every range holds) among them."""
     if node.target is operator.getitem:
@@ -478,9 +340,3 @@ def _node_names(graph: Graph) -> dict[Node, str]:
             names[node] = f"{stem}#{counts[stem]}"
             counts[stem] += 1
     return names
-
-
-def module_of(node: Node) -> str:
-    """Return the name of the module whose forward pass made ``node``; "" is the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""

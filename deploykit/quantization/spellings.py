@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from deploykit.quantization.rules import (
+from deploykit.quantization.operators import (
     CLIPPING,
     HARD_SIGMOIDS,
     LONE_NORM,
     PAD_VALUES,
     RECTIFIERS,
+)
+from deploykit.quantization.rules import (
     is_even_mean,
     is_global,
     is_scaling,
