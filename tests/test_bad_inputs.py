@@ -594,7 +594,7 @@ def test_bad_latency_table_is_refused(deploykit, tmp_path, content):
 
 
 def test_latency_table_of_other_stages_is_refused_before_any_work(deploykit, tmp_path):
-    from test_pipeline import figures
+    from test_decisions import figures
 
     arguments = Place(tmp_path).recipe()
     table = tmp_path / "m.json"
