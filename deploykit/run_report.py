@@ -72,7 +72,7 @@ def _details(
     test: Sequence[Evaluation],
     commands: Sequence[str],
 ) -> JsonDict:
-    fits = {name: fit for stage in stages for name, fit in _fits(stage)}
+    fits = {fit["stage"]: fit for stage in stages for fit in stage.fits}
     pruned = [stage.candidate.notes["prune"] for stage in stages if stage.name == "prune"]
     before, after = (evaluation.class_accuracy for evaluation in test)
     fusion = fusion_of(final, recipe.threads)
@@ -125,12 +125,6 @@ def _layers_ms(before: JsonDict, after: JsonDict) -> list[JsonDict]:
             {**old, **new}, key=lambda layer: (not layer, [*old, *new].index(layer))
         )
     ]
-
-
-def _fits(stage: Stage) -> list[tuple[str, JsonDict]]:
-    notes = stage.candidate.notes
-    fits = [notes["fit"]] if "fit" in notes else []
-    return [(fit["stage"], fit) for fit in [*fits, *notes.get("recovery", [])]]
 
 
 def _shipped(final: Stage, recipe: Recipe) -> JsonDict:

@@ -45,7 +45,7 @@ class Stage:
         model: the very file that is measured and, if it is the last, ships.
         parity: ONNX Runtime against torch.
         validation: answers of ``model`` to the validation split.
-        seconds: what the stage took, training and proof.
+        seconds: what this process took for the stage, training and proof.
     """
 
     candidate: Candidate
@@ -58,6 +58,12 @@ class Stage:
     def name(self) -> str:
         """The stage's word, such as ``train`` or ``quantize``."""
         return self.candidate.stage
+
+    @property
+    def fits(self) -> list[JsonDict]:
+        """The trainings of the stage in their order, as `FitResult.to_json` gives them."""
+        notes = self.candidate.notes
+        return [*([notes["fit"]] if "fit" in notes else []), *notes.get("recovery", [])]
 
 
 def prove(
@@ -183,12 +189,10 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
         batch: None if one is None else Latency.from_json(one)
         for batch, one in measured["latency"].items()
     }
-    recovery = [*candidate.notes.get("recovery", []), candidate.notes.get("fit")]
-    accuracies = [fit["torch_accuracy"] for fit in recovery if fit]
     return {
         "name": stage.name,
         "validation_accuracy": stage.validation.accuracy,
-        "torch_accuracy": accuracies[-1] if accuracies else None,
+        "torch_accuracy": stage.fits[-1]["torch_accuracy"] if stage.fits else None,
         "latency_ms": {batch: one and one.median_ms for batch, one in latency.items()},
         "latency_p90_ms": {batch: one and one.p90_ms for batch, one in latency.items()},
         "speedup": {batch: one and one.ratio for batch, one in latency.items()},
@@ -197,7 +201,7 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
         "peak_memory_bytes": measured["peak_memory_bytes"],
         "macs": count_macs(candidate.module, example),
         "parameters": count_parameters(candidate.module),
-        "seconds": round(stage.seconds, 3),
+        "seconds": round(stage.seconds + sum(fit["resumed_seconds"] for fit in stage.fits), 3),
     }
 
 
