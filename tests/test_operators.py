@@ -100,11 +100,27 @@ def gained():
     return net
 
 
-# name -> net, floats that become integers again (islands), operators that must be there
 def pool_row(x):
     return functional.max_pool1d(functional.relu(x), 2)
 
 
+class Written(nn.Module):
+    """Layers written out as products with matrices of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(CHANNELS, 16) / 2)
+        self.down = nn.Parameter(torch.randn(16, 16) / 4)
+        self.shift = nn.Parameter(torch.randn(16))
+        self.weight = nn.Parameter(torch.randn(CLASSES, 16) / 4)
+
+    def forward(self, x):
+        x = relu(x.permute(0, 2, 3, 1) @ self.up + self.shift)
+        x = pooled(x.permute(0, 3, 1, 2))
+        return torch.addmm(self.shift, x, self.down) @ self.weight.T
+
+
+# name -> net, floats that become integers again (islands), operators that must be there
 FAMILIES = {
     "hard-swish": (
         lambda: between(lambda net, x: functional.hardswish(x)),
@@ -258,6 +274,7 @@ FAMILIES = {
         0,
         {"QLinearConv": 2, "MaxPool": 2, "QLinearAveragePool": 1, "QGemm": 1},
     ),
+    "products with matrices": (Written, 0, {"QGemm": 3}),
     "embedding": (
         lambda: Net(
             lambda net, x: net.fc(net.words((x[:, :1, :1] > 0).long()).flatten(1)),

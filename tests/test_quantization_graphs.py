@@ -7,6 +7,7 @@ from tiny_quantized import (
     CHANNELS,
     CLASSES,
     EXAMPLE,
+    SIDE,
     TARGET,
     Net,
     conv,
@@ -421,6 +422,7 @@ def test_tensors_that_a_graph_makes_are_made_where_it_is():
 
 # Canonical spellings
 
+WEIGHT = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(5))
 SPELLINGS = {
     "flatten": (lambda x: x.flatten(1), {aten.flatten.using_ints}),
     "pool to one": (
@@ -455,6 +457,21 @@ SPELLINGS = {
     ),
     "pool rows to two": (lambda x: functional.adaptive_avg_pool1d(x.flatten(2), 2), set()),
     "mean of columns": (lambda x: x.flatten(2).mean(1), set()),
+    "matrix of the model's own": (lambda x: x @ WEIGHT, {aten.matmul.default}),
+    "its transpose": (lambda x: x @ WEIGHT.T + WEIGHT[0], {aten.matmul.default, aten.add.Tensor}),
+    "rows by a matrix": (lambda x: torch.mm(x.flatten(1)[:, :SIDE], WEIGHT), {aten.mm.default}),
+    "rows by a matrix and a sum": (
+        lambda x: torch.addmm(WEIGHT[0], x.flatten(1)[:, :SIDE], WEIGHT),
+        {aten.addmm.default},
+    ),
+    "scaled rows by a matrix and a sum": (
+        lambda x: torch.addmm(WEIGHT[0], x.flatten(1)[:, :SIDE], WEIGHT, beta=2),
+        set(),
+    ),
+    "matrix from the left": (lambda x: WEIGHT @ x, set()),
+    "matrices of the model's own": (lambda x: x @ WEIGHT.expand(3, -1, -1), set()),
+    "two inputs": (lambda x: x @ x, set()),
+    "a sum of each row": (lambda x: x @ WEIGHT + WEIGHT[:, :1], {aten.matmul.default}),
     "mean in another type": (lambda x: x.mean((2, 3), dtype=torch.float64), set()),
 }
 

@@ -3,7 +3,8 @@
 The values stay the same. Shapes but the batch are known in a traced graph, so a pooling over
 the whole image becomes a pooling with that window (which has an integer kernel; a mean over
 two axes has none), and a flattening becomes a reshape to fixed numbers (which needs no
-arithmetic on shapes at run time).
+arithmetic on shapes at run time). A product with a matrix of the model's own becomes the linear
+layer that it is.
 
 One rewrite guards values: a BatchNorm that cannot be folded into the layer before it gets a
 name under which none of the libraries tries.
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.quantization.operators import LONE_NORM, NORM
+from deploykit.quantization.layers import is_constant
+from deploykit.quantization.operators import ADDITIONS, LONE_NORM, NORM
 from deploykit.quantization.rules import folds, pooling
 
 aten = torch.ops.aten
@@ -32,6 +34,7 @@ def canonicalize(graph: GraphModule) -> GraphModule:
         if replacement is not None:
             node.replace_all_uses_with(replacement)
             graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
@@ -173,6 +176,41 @@ def _bounds(node: Node) -> tuple[Any, Any]:
     return low, high
 
 
+def _product(graph: GraphModule, node: Node) -> Node | None:
+    """Write a product with a matrix of the model's own as the layer that it is."""
+    source, weight = arguments(node)
+    if is_constant(source) or not _is_constant_of(weight, axes=2):
+        return None
+    turned = _insert(graph, node, aten.t.default, (weight,))
+    return _insert(graph, node, aten.linear.default, (source, turned))
+
+
+def _biased_product(graph: GraphModule, node: Node) -> Node | None:
+    bias, source, weight = arguments(node)
+    if node.kwargs or is_constant(source) or not _is_constant_of(bias, axes=1):
+        return None
+    turned = _insert(graph, node, aten.t.default, (weight,))
+    return _insert(graph, node, aten.linear.default, (source, turned, bias))
+
+
+def _sum(graph: GraphModule, node: Node) -> Node | None:
+    """Take a vector that is added to a linear layer without a bias for its bias."""
+    for layer, bias in (node.args[:2], node.args[1::-1]):
+        if not isinstance(layer, Node) or layer.target is not aten.linear.default:
+            continue
+        fits = (
+            _is_constant_of(bias, axes=1)
+            and bias.meta["val"].shape[0] == layer.meta["val"].shape[-1]
+        )
+        if fits and len(layer.args) == 2 and len(layer.users) == 1 and not node.kwargs:
+            return _insert(graph, node, aten.linear.default, (*layer.args, bias))
+    return None
+
+
+def _is_constant_of(node: Any, *, axes: int) -> bool:
+    return isinstance(node, Node) and is_constant(node) and node.meta["val"].ndim == axes
+
+
 def _norm(_graph: GraphModule, node: Node) -> None:
     if not folds(node):
         node.target = LONE_NORM
@@ -220,6 +258,10 @@ REWRITES: dict[Any, Rewrite] = {
     aten.avg_pool2d.default: _window_pool,
     aten.mean.dim: _mean,
     **dict.fromkeys((*CLIPS, *CLAMPS), _clip),
+    aten.matmul.default: _product,
+    aten.mm.default: _product,
+    aten.addmm.default: _biased_product,
+    **dict.fromkeys(ADDITIONS, _sum),
     NORM: _norm,
 }
 # x * gate(x)
