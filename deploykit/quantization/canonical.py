@@ -195,16 +195,19 @@ def _biased_product(graph: GraphModule, node: Node) -> Node | None:
 
 def _sum(graph: GraphModule, node: Node) -> Node | None:
     """Take a vector that is added to a linear layer without a bias for its bias."""
-    for layer, bias in (node.args[:2], node.args[1::-1]):
-        if not isinstance(layer, Node) or layer.target is not aten.linear.default:
+    one, other = arguments(node)[:2]
+    for layer, bias in ((one, other), (other, one)):
+        if not _lacks_bias(layer) or node.kwargs or not _is_constant_of(bias, axes=1):
             continue
-        fits = (
-            _is_constant_of(bias, axes=1)
-            and bias.meta["val"].shape[0] == layer.meta["val"].shape[-1]
-        )
-        if fits and len(layer.args) == 2 and len(layer.users) == 1 and not node.kwargs:
+        if bias.meta["val"].shape[0] == layer.meta["val"].shape[-1]:
             return _insert(graph, node, aten.linear.default, (*layer.args, bias))
     return None
+
+
+def _lacks_bias(node: Any) -> bool:
+    """Whether ``node`` is a linear layer without a bias, read once."""
+    is_linear = isinstance(node, Node) and node.target is aten.linear.default
+    return is_linear and len(node.args) == 2 and len(node.users) == 1
 
 
 def _is_constant_of(node: Any, *, axes: int) -> bool:
