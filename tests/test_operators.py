@@ -274,6 +274,11 @@ FAMILIES = {
         0,
         {"QLinearConv": 2, "MaxPool": 2, "QLinearAveragePool": 1, "QGemm": 1},
     ),
+    "uneven padding": (
+        lambda: between(lambda net, x: relu(net.c3(x)), c3=nn.Conv2d(16, 16, 4, padding="same")),
+        0,
+        {"QLinearConv": 3},
+    ),
     "products with matrices": (Written, 0, {"QGemm": 3}),
     "embedding": (
         lambda: Net(

@@ -199,9 +199,12 @@ def test_a_norm_behind_a_computed_weight_stays_a_norm():
     assert noise_ratio(expected, integers) < 0.01
 
 
-@pytest.mark.parametrize(("padding", "size"), [("same", 3), ("same", 5), ("valid", 3)])
-def test_padding_by_a_word_is_a_layers_too(padding, size):
-    layer = nn.Conv2d(CHANNELS, 8, size, padding=padding, dilation=2)
+@pytest.mark.parametrize("dilation", [1, 2, (3, 1)])
+@pytest.mark.parametrize(
+    ("padding", "size"), [("same", 3), ("same", 5), ("same", 4), ("same", (2, 3)), ("valid", 3)]
+)
+def test_padding_by_a_word_is_a_layers_too(padding, size, dilation):
+    layer = nn.Conv2d(CHANNELS, 8, size, padding=padding, dilation=dilation)
     net = Net(lambda net, x: net.c1(x), c1=layer)
     assert keys(net) == ["input:0", "c1:conv2d#0"]
     samples = torch.randn(3, *EXAMPLE.shape[1:])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from deploykit.quantization.layers import is_constant
@@ -78,7 +79,7 @@ def arguments(node: Node) -> tuple[Any, ...]:
 
 
 def _same_padding(graph: GraphModule, node: Node) -> Node | None:
-    """Write padding by a word as numbers, where both sides get as much."""
+    """Write padding by a word as numbers: what is odd apart, more of it behind than before."""
     given: list[Any] = list(node.args)
     given += [None, None, None, [1], "valid", [1], 1][len(given) :]
     source, weight, bias, stride, padding, dilation, groups = given
@@ -87,10 +88,12 @@ def _same_padding(graph: GraphModule, node: Node) -> Node | None:
     total = [gap * (size - 1) for gap, size in zip(spread, window, strict=True)]
     if padding == "valid":
         total = [0] * len(window)
-    if any(size % 2 for size in total):
-        return None
     halves = [size // 2 for size in total]
     target = PADDED_BY_WORD[node.target]
+    if any(size % 2 for size in total):
+        around = [side for size in reversed(total) for side in (size // 2, size - size // 2)]
+        source = _insert(graph, node, aten.constant_pad_nd.default, (source, around))
+        halves = [0] * len(window)
     return _insert(graph, node, target, (source, weight, bias, stride, halves, spread, groups))
 
 
@@ -234,7 +237,8 @@ def _insert(graph: GraphModule, before: Node, target: Any, args: tuple[Any, ...]
     with graph.graph.inserting_before(before):
         node = graph.graph.call_function(target, args)
     values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    with values[0].fake_mode:
+    # The dispatcher of torch.export; another one would take the batch for a constant in a padding.
+    with values[0].fake_mode, enable_python_dispatcher():
         node.meta = {**before.meta, "val": target(*values)}
     return node
 
