@@ -201,8 +201,13 @@ def describe(stage: Stage, measured: JsonDict) -> JsonDict:
         "peak_memory_bytes": measured["peak_memory_bytes"],
         "macs": count_macs(candidate.module, example),
         "parameters": count_parameters(candidate.module),
-        "seconds": round(stage.seconds + sum(fit["resumed_seconds"] for fit in stage.fits), 3),
+        "seconds": round(max(stage.seconds, _trained_seconds(stage)), 3),
     }
+
+
+def _trained_seconds(stage: Stage) -> float:
+    """Return what the epochs of a stage took, also those before an interruption."""
+    return sum((epoch["seconds"] for fit in stage.fits for epoch in fit["history"]), 0.0)
 
 
 def is_quantized(stage: Stage) -> bool:

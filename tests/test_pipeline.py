@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from deploykit.measure import evaluate_onnx
 from deploykit.publish import LOCK, lock_folder
 from deploykit.recipe import dump_recipe, load_recipe
 from deploykit.run_folder import RunFolder
+from deploykit.stages import Stage, describe
 from deploykit.structure import load_candidate
 
 slow = pytest.mark.slow
@@ -186,6 +188,23 @@ def test_finished_run_resumes_from_its_own_recipe_to_the_same_bytes(
     report = json.loads((copy / "report.json").read_text())
     assert report["decisions"] == tiny_run.report["decisions"]
     assert report["final"]["latency_ms"] == tiny_run.report["final"]["latency_ms"]
+
+
+@slow
+def test_a_resumed_stage_took_what_its_epochs_did(tiny_run):
+    """Its own process only read them from a checkpoint."""
+    history = [{"seconds": 5.0}, {"seconds": 6.0}]
+    notes = {"fit": {"torch_accuracy": 0.5, "history": history}}
+    candidate = replace(
+        load_candidate(tiny_run.path / "candidates" / "train", base=tiny_run.path), notes=notes
+    )
+    model = OnnxModel(tiny_run.path / "onnx" / "train.onnx", candidate.signature, 20)
+    stage = Stage(
+        candidate, model, parity=None, validation=SimpleNamespace(accuracy=0.5), seconds=1
+    )
+    unmeasured = {"latency": {"1": None, "32": None}, "peak_memory_bytes": None}
+    assert describe(stage, unmeasured)["seconds"] == 11
+    assert describe(replace(stage, seconds=12.5), unmeasured)["seconds"] == 12.5
 
 
 @slow

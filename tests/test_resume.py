@@ -86,14 +86,6 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, plan, stop)
     assert result.trained == course.trained
 
 
-def test_what_a_training_took_before_it_was_stopped_is_kept(tmp_path):
-    _, _, result = interrupted_then_resumed(tiny_plan(), tmp_path, SignalAfter(steps=5))
-    assert 0 < result.resumed_seconds < sum(record.seconds for record in result.history)
-    finished = fit(tiny_net(), tiny_training(tmp_path), stage="train")
-    assert finished.resumed_seconds == sum(record.seconds for record in finished.history)
-    assert uninterrupted(tiny_plan())[1].resumed_seconds == 0
-
-
 def test_training_interrupted_at_every_step_equals_uninterrupted(tmp_path):
     expected, _ = uninterrupted(tiny_plan())
     training = tiny_training(tmp_path)

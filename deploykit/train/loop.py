@@ -131,7 +131,6 @@ def fit(
         kept_epoch=kept_epoch(run.history, plan),
         trained=trained_spans(module, groups, len(run.history)),
         stopped_early=len(run.history) < plan.epochs,
-        resumed_seconds=run.resumed_seconds,
     )
 
 
@@ -177,7 +176,6 @@ class _Fit:
     history: list[EpochRecord] = field(default_factory=list)
     chosen: Mapping[str, Tensor] = field(default_factory=dict)
     finished: bool = False
-    resumed_seconds: float = 0.0
 
     def train(self) -> None:
         """Go from the checkpoint, or the start, to the chosen weights."""
@@ -384,12 +382,10 @@ class _Fit:
         if found is None:
             return
         self.history = [EpochRecord(**record) for record in found.state["history"]]
-        cursor = _Cursor(**found.state["cursor"])
-        self.resumed_seconds = cursor.seconds + sum(past.seconds for past in self.history)
         self.finished = found.state["finished"]
         if self.finished:
             load_tensors(self.learner.module, found.kinds["weights"])
             return
         self.learner.load(found.kinds)
         self.learner.load_scaler(found.state["scaler"])
-        self.cursor, self.chosen = cursor, found.kinds["chosen"]
+        self.cursor, self.chosen = _Cursor(**found.state["cursor"]), found.kinds["chosen"]

@@ -89,7 +89,6 @@ class FitResult:
         kept_epoch: the epoch whose weights the module holds; None if none was trained.
         trained: which parameters learned when.
         stopped_early: whether the plan's early stopping ended it.
-        resumed_seconds: what it had taken before this process took it up from a checkpoint.
     """
 
     stage: str
@@ -97,7 +96,6 @@ class FitResult:
     kept_epoch: int | None
     trained: tuple[TrainedSpan, ...]
     stopped_early: bool
-    resumed_seconds: float = field(compare=False)
 
     @property
     def torch_accuracy(self) -> float | None:
