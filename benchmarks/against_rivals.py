@@ -54,6 +54,10 @@ class Promise:
 def hold(name: str, promise: Promise) -> int:
     """Run the recipe, or read a run of it, set it beside its rivals, and hold it to the promise."""
     options = read_options(f"{promise.recipe} against other ways to integers")
+    if not (RIVALS / "bin/python").exists():
+        raise SystemExit(
+            f"expected the others in {RIVALS}, got no such environment; make bench-{name}"
+        )
     with tempfile.TemporaryDirectory(prefix="deploykit-") as scratch:
         folder = Path(scratch)
         path = finished_run(promise.recipe, options, folder)
@@ -216,7 +220,7 @@ def tell(
         ]
         details.append(f"{rival} to deploykit: {lost:.2%} lost (95%: {low:.2%} to {high:.2%}).")
     minutes = sum(one["seconds"] for one in report["stages"]) / 60
-    figures += [Figure("compress, wall time", minutes, "{:.0f} min"), *cost]
+    figures += [Figure("stages of the run, wall time", minutes, "{:.0f} min"), *cost]
     return publish(
         name,
         figures,

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from table import Figure, publish
+from table import Figure, code_key, publish
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from vision_operators import define_operators
@@ -117,11 +117,7 @@ class Outcome:
         """Return the details below the table."""
         low, high = self.interval
         after = "" if self.operated is None else f"\n{self.operated.line()}"
-        timed = (
-            "not timed yet"
-            if math.isnan(self.speedup)
-            else f"{self.fp32_ms:.2f} to {self.int8_ms:.2f} ms (95%: {low:.2f} to {high:.2f}x)"
-        )
+        timed = f"{self.fp32_ms:.2f} to {self.int8_ms:.2f} ms (95%: {low:.2f} to {high:.2f}x)"
         return (
             f"- {self.name}: {timed}; {self.decibels:.1f} dB, {self.centred:.1f} dB without the "
             f"logits' mean; in float: {', '.join(self.kept) or 'no layer'}{after}"
@@ -210,15 +206,26 @@ def quiet_model(
     expected, target, wanted = answers(fp32, unseen), resolve_target("cpu"), WANTED_DB
     candidate = align_widths(candidate, target.channel_multiple) or candidate
     faster = fastest_mixture(candidate, target=target, threads=1).keep_float
+
+    def noise_of(quantized: Candidate) -> np.ndarray:
+        return expected - answers(export_onnx(quantized, paths["int8"], name=name), unseen)
+
+    quantized = calibrate(candidate, seen, target=target, keep_float=faster)
+    noise = noise_of(quantized)
     for _ in range(ROUNDS):
-        quantized = calibrate(candidate, seen, target=target, keep_float=faster, min_sqnr=wanted)
-        noise = expected - answers(export_onnx(quantized, paths["int8"], name=name), unseen)
-        found = ratio_db(expected, noise)
-        if found >= WANTED_DB:
+        if ratio_db(expected, noise) >= WANTED_DB:
             break
-        wanted += WANTED_DB - found + 0.5
+        try:
+            quantized = calibrate(
+                candidate, seen, target=target, keep_float=faster, min_sqnr=wanted
+            )
+        except CompressionError:  # floats do not bring it; the table shows how far it came
+            break
+        noise = noise_of(quantized)
+        wanted += max(WANTED_DB - ratio_db(expected, noise), 0) + 0.5
     kept = tuple(quantized.structure["quantization"]["keep_float"])
-    return Outcome(name, found, ratio_db(expected - expected.mean(0), noise), kept)
+    centred = ratio_db(expected - expected.mean(0), noise)
+    return Outcome(name, ratio_db(expected, noise), centred, kept)
 
 
 def time_models(outcome: Outcome, folder: Path, seconds: float) -> Outcome:
@@ -260,19 +267,23 @@ def model_paths(name: str, folder: Path) -> dict[str, Path]:
     return {kind: folder / f"{name}.{kind}.onnx" for kind in ("fp32", "int8")}
 
 
-def read_outcome(name: str, folder: Path) -> Outcome | None:
-    """Return what is known of an architecture."""
+def read_outcome(name: str, folder: Path, key: str) -> Outcome | None:
+    """Return what this code has found of an architecture, or None."""
     try:
-        known = json.loads((folder / f"{name}.json").read_text())
+        kept = json.loads((folder / f"{name}.json").read_text())
     except FileNotFoundError:
         return None
+    if kept.get("key") != key:
+        return None
+    known = kept["outcome"]
     operated = known.pop("operated", None)
     return Outcome(**known, operated=None if operated is None else Outcome(**operated))
 
 
-def write_outcome(outcome: Outcome, folder: Path) -> None:
+def write_outcome(outcome: Outcome, folder: Path, key: str) -> None:
     """Keep what is known, for a benchmark that goes on later."""
-    (folder / f"{outcome.name}.json").write_text(json.dumps(asdict(outcome)))
+    kept = {"key": key, "outcome": asdict(outcome)}
+    (folder / f"{outcome.name}.json").write_text(json.dumps(kept))
 
 
 def figures_of(outcomes: Sequence[Outcome]) -> list[Figure]:
@@ -294,14 +305,12 @@ def figures_of(outcomes: Sequence[Outcome]) -> list[Figure]:
 
 
 def main() -> int:
-    """Run the architectures, one after the other; what an earlier run has done is kept."""
+    """Run the architectures, one after the other; models that this code has made are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=ARCHITECTURES, help="these; keeps no table")
     parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 as parquet")
     parser.add_argument("--images", type=int, default=64, help="to calibrate, and as many to judge")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="models, and what is known")
-    parser.add_argument("--make-only", action="store_true", help="write the models, time nothing")
-    parser.add_argument("--time-only", action="store_true", help="time models anew")
     parser.add_argument("--trial", action="store_true", help="one, few images; keeps no table")
     options = parser.parse_args()
     library = define_operators()
@@ -310,21 +319,16 @@ def main() -> int:
         names, count, seconds = ["mobilenet_v3_small"], 16, 1.0
         folder = Path(tempfile.mkdtemp(prefix="deploykit-"))
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = []
+    key, outcomes = code_key(count), []
     for name in names:
-        start, outcome = time.monotonic(), read_outcome(name, folder)
+        start, outcome = time.monotonic(), read_outcome(name, folder, key)
         if outcome is None:
             images = read_images(options.data, 2 * count)
             outcome = make_models(name, images[:count], images[count:], folder)
-            write_outcome(outcome, folder)
-        if not options.make_only and (options.time_only or math.isnan(outcome.speedup)):
-            outcome = time_models(outcome, folder, seconds)
-            write_outcome(outcome, folder)
-        outcomes.append(outcome)
-        print(f"{outcome.line()}; {time.monotonic() - start:.0f} s", flush=True)
+            write_outcome(outcome, folder, key)
+        outcomes.append(time_models(outcome, folder, seconds))
+        print(f"{outcomes[-1].line()}; {time.monotonic() - start:.0f} s", flush=True)
     del library
-    if options.make_only:
-        return 0
     return publish(
         "architectures",
         figures_of(outcomes),

@@ -5,8 +5,9 @@ random weights. Each goes the whole way: half of the channels pruned, saved, reb
 process with equal bits, written as ONNX, answered by ONNX Runtime as torch answers at batches of
 1, 2 and 7. Of the detectors it is the backbone and the heads that make the raw boxes, listed apart.
 
-Results are kept model by model in `--folder`; an interrupted run goes on where it was, and
-`--again` starts anew. `--models a,b` runs a few.
+Nothing is timed but for information: `--jobs` models go at once. Results are kept model by model in
+`--folder`; an interrupted run goes on where it was, as long as the code is the same. `--models a,b`
+runs a few.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import multiprocessing
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from table import Figure, publish
+from table import Figure, code_key, publish
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from vision_operators import define_operators
@@ -245,9 +249,10 @@ def check(result: Result, folder: Path) -> Result:
     else:
         export_onnx(candidate, path, name=name)
     result.reached = "export"
-    result.difference = difference(module, name, path)
-    if not result.difference <= TOLERANCE:  # so that NaN fails
-        raise ValueError(f"ONNX Runtime differs by {result.difference:.1e} of the largest output")
+    apart = difference(module, name, path)
+    if not apart <= TOLERANCE:  # so that NaN fails
+        raise ValueError(f"ONNX Runtime differs by {apart:.1e} of the largest output")
+    result.difference = apart
     result.reached = "parity"
     return result
 
@@ -322,8 +327,8 @@ def run(name: str, args: argparse.Namespace) -> Result:
     """Take one model all the way in processes of its own, unless that was done before."""
     folder = args.folder / name
     done = folder / "done.json"
-    if done.exists() and not args.again:
-        return read(done)
+    if done.exists() and (kept := json.loads(done.read_text()))["key"] == args.key:
+        return Result(**kept["result"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     start, result = time.monotonic(), Result(name)
@@ -336,7 +341,8 @@ def run(name: str, args: argparse.Namespace) -> Result:
     result.seconds = time.monotonic() - start
     shutil.rmtree(folder)  # the models are large
     folder.mkdir()
-    write_json(done, vars(result))
+    write_json(done, {"key": args.key, "result": vars(result)})
+    print(f"{name}: {'passed' if result.passed else cause(result)}", flush=True)
     return result
 
 
@@ -385,18 +391,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", help="some of the models, separated by commas")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results are kept")
-    parser.add_argument("--again", action="store_true", help="forget what was done before")
-    parser.add_argument("--memory-gib", type=float, default=12, help="limit of one process")
+    parser.add_argument("--jobs", type=int, default=2, help="models at once")
+    parser.add_argument("--memory-gib", type=float, default=10, help="limit of one process")
     parser.add_argument("--minutes", type=float, default=30, help="limit of one process")
     parser.add_argument("--trial", action="store_true", help="two small models; keep nothing")
     args = parser.parse_args()
     names = args.models.split(",") if args.models else [*MODELS, *DETECTORS]
+    args.key = code_key()
     if args.trial:
         names = ["squeezenet1_1", "lraspp_mobilenet_v3_large"]
-    results = []
-    for name in names:
-        results.append(run(name, args))
-        print(f"{name}: {cause(results[-1]) if not results[-1].passed else 'passed'}", flush=True)
+        args.folder = Path(tempfile.mkdtemp(prefix="deploykit-"))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(run, names, repeat(args)))
     first = [found for found in results if found.name not in DETECTORS]
     others = [found for found in results if found.name in DETECTORS]
     whole = len(names) == len(MODELS) + len(DETECTORS)

@@ -1,9 +1,11 @@
 """Pruning by measured latency against pruning by counted channels: `make bench-pruning`.
 
 ResNet-56 on CIFAR-10 as JPEG, from the weights of `recipes/cifar10_resnet56.yaml`. Torch-Pruning
-removes inner channels of each block, the same share of every layer or ranked over all of them, as
-many as make its model as fast in integers as ours. All win back accuracy in the same training
-and are calibrated on the same samples.
+removes inner channels of each block, the same share of every layer or ranked over all of them: as
+few as make its model as fast in integers as ours, rounded to the kernels' block or not. All win
+back accuracy in the same training and are calibrated on the same samples. Checkpoints and measured
+latencies are kept in `--folder`, so that an interrupted benchmark goes on, as long as the code is
+the same.
 
 The traps: two prunings by count that made integers slower when they were first measured, asked of
 deploykit with its rounding of widths switched off. What it ships must not be slower.
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from recipe_run import DEPLOYKIT, ROOT
-from table import Figure, publish
+from table import Figure, code_key, publish
 from torch import Tensor, nn
 
 from deploykit.artifacts import Candidate, OnnxModel
@@ -48,6 +50,7 @@ from deploykit.targets import resolve_target
 from deploykit.train import Training, recover
 
 RECIPE = ROOT / "recipes/cifar10_resnet56.yaml"
+FOLDER = ROOT / "runs/pruning"
 SPEEDUPS = (1.5, 2.0)  # of integers over unpruned integers
 GRID = tuple(round(0.05 * place, 2) for place in range(1, 19))  # shares of the channels
 SAME = 1.02  # latencies nearer than this are the same
@@ -72,10 +75,19 @@ class Setting:
         return PruneSection(epochs=self.epochs, lr=self.lr)
 
 
-def counted(module: nn.Module, example: Tensor, scope: str, ratio: float) -> nn.Module:
+def counted(
+    module: nn.Module, example: Tensor, scope: str, ratio: float, multiple: int | None
+) -> nn.Module:
     """Return a copy that Torch-Pruning has pruned, inner channels of the blocks only.
 
     It prunes the padded shortcuts of these nets wrongly, so the stream through them stays whole.
+
+    Args:
+        module: the whole model.
+        example: of its input.
+        scope: ``uniform`` or ``global``.
+        ratio: share of the channels to remove.
+        multiple: what it rounds widths to; None for not at all.
     """
     import torch_pruning
 
@@ -88,31 +100,28 @@ def counted(module: nn.Module, example: Tensor, scope: str, ratio: float) -> nn.
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
         global_pruning=scope == "global",
         pruning_ratio=ratio,
+        round_to=multiple,
         ignored_layers=[part for part in layers if id(part) not in inner],
     ).step()
     return pruned
 
 
 def as_fast(setting: Setting, scope: str, ms: float) -> tuple[float, nn.Module]:
-    """Return a small share of channels whose removal is as fast as ``ms``, and the module.
+    """Return the least share of channels whose removal is as fast as ``ms``, and the module.
 
-    It is found by bisection, which a model that grows slower as it loses channels can mislead to
-    a larger share; where none is as fast it is the fastest one seen.
+    Rounded to the kernels' block or not, whichever is fast first; where none is, the fastest.
     """
-    example = example_input(setting.start, batch=2)
-    fast, seen = None, []
-    low, high = 0, len(GRID)
-    while low < high:
-        middle = (low + high) // 2
-        pruned = counted(setting.start.module, example, scope, GRID[middle])
-        found = setting.latency.measure(pruned)
-        print(f"Torch-Pruning, {scope}: {GRID[middle]:.0%} gone, {found:.3f} ms", flush=True)
-        seen.append((found, GRID[middle], pruned))
-        if found <= ms * SAME:
-            fast, high = seen[-1], middle
-        else:
-            low = middle + 1
-    _, ratio, module = fast or min(seen, key=lambda one: one[0])
+    example, seen = example_input(setting.start, batch=2), []
+    for ratio in GRID:
+        for multiple in (setting.latency.target.channel_multiple, None):
+            pruned = counted(setting.start.module, example, scope, ratio, multiple)
+            found = setting.latency.measure(pruned)
+            rounded = f", rounded to {multiple}" if multiple else ""
+            print(f"Torch-Pruning, {scope}{rounded}: {ratio:.0%} gone, {found:.3f} ms", flush=True)
+            if found <= ms * SAME:
+                return ratio, pruned
+            seen.append((found, ratio, pruned))
+    _, ratio, module = min(seen, key=lambda one: one[0])
     return ratio, module
 
 
@@ -121,9 +130,8 @@ def prunings(setting: Setting, speedups: list[float]) -> Iterator[tuple[str, Can
     target, whole = setting.latency.target, setting.latency.model.measured_ms
     for speedup in speedups:
         section = setting.recovery.model_copy(update={"speedup": speedup})
-        ours = prune(
-            setting.start, setting.training, section, target=target, latency=setting.latency
-        )
+        training = setting.training.in_folder(f"deploykit-{speedup:g}")
+        ours = prune(setting.start, training, section, target=target, latency=setting.latency)
         yield f"deploykit {speedup:g}x", ours
         ms = setting.latency.measure(ours.module, ours.structure.get("removed", ()))
         print(f"deploykit: {whole:.3f} to {ms:.3f} ms", flush=True)
@@ -146,10 +154,10 @@ def shipped(setting: Setting, candidate: Candidate, path: Path) -> OnnxModel:
     return export_onnx(quantized, path, name="pruned")
 
 
-def trap(scope: str, ratio: float, whole: OnnxModel, folder: Path) -> tuple[Latency, bool]:
-    """Ask deploykit for a pruning that is a trap; return what ships beside ``whole``.
+def trap(scope: str, ratio: float, whole: OnnxModel, folder: Path) -> tuple[Figure, str]:
+    """Ask deploykit for a pruning that is a trap; return the speed of what ships over ``whole``.
 
-    The second value is whether the pruning was kept.
+    The text says whether the pruning was kept.
     """
     run = folder / f"trap-{scope}"
     changes = [
@@ -167,7 +175,9 @@ def trap(scope: str, ratio: float, whole: OnnxModel, folder: Path) -> tuple[Late
     models = {"whole": whole, "trap": final}
     measured = measure_latency(models, threads=1, baseline="whole", batch_sizes=(1,))
     kept = next(one["kept"] for one in report["decisions"] if one["stage"] == "prune")
-    return measured["trap"]["1"], bool(kept)
+    text = f"{ratio:.0%} of the channels, {scope}, no rounding: speed of what ships"
+    figure = Figure(text, measured["trap"]["1"].ratio, "{:.2f}x", at_least=1 / SAME)
+    return figure, f"{text}: the pruning was {'kept' if kept else 'dropped'}."
 
 
 def figures_of(
@@ -203,16 +213,18 @@ def read_setting(options: argparse.Namespace) -> tuple[Recipe, Setting]:
     dataset = replace(dataset, preprocess=start.signature.preprocess)
     assert recipe.train is not None
     plan = recipe.train.model_copy(update={"average": None})
+    folder = None if options.trial else options.folder / code_key(options.epochs, options.lr)
     training = Training(
         dataset,
         plan=plan,
         augment=recipe.data.augment,
         seed=recipe.seed,
-        checkpoints=options.folder,
+        checkpoints=folder,
         progress=ConsoleProgress(),
     )
     times = LayerTimes.open(cache_folder(), recipe.threads)
-    latency = LatencyCost(start, resolve_target("cpu"), "int8", times=times)
+    record = None if folder is None else folder / "latencies.json"
+    latency = LatencyCost(start, resolve_target("cpu"), "int8", times=times, record=record)
     return recipe, Setting(start, dataset, training, latency, options.epochs, options.lr)
 
 
@@ -221,7 +233,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=2, help="recovery of each pruning")
     parser.add_argument("--lr", type=float, default=0.01, help="its peak rate")
-    parser.add_argument("--folder", type=Path, help="checkpoints, to go on where it was stopped")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="checkpoints, to go on where it was stopped"
+    )
     parser.add_argument("--trial", action="store_true", help="few samples; keeps no table")
     options = parser.parse_args()
     if options.trial:
@@ -230,6 +244,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
         folder = Path(name)
         models = {"unpruned": shipped(setting, setting.start, folder / "unpruned.onnx")}
+        traps = [trap(scope, ratio, models["unpruned"], folder) for scope, ratio in TRAPS]
         for label, candidate in prunings(setting, [*SPEEDUPS[: 1 if options.trial else None]]):
             models[label] = shipped(setting, candidate, folder / f"{len(models)}.onnx")
         accuracies = {
@@ -239,12 +254,9 @@ def main() -> int:
         latencies = measure_latency(
             models, threads=recipe.threads, baseline="unpruned", batch_sizes=(1,), precision=0.01
         )
-        figures, details = figures_of(accuracies, latencies)
-        for scope, ratio in TRAPS:
-            found, kept = trap(scope, ratio, models["unpruned"], folder)
-            text = f"{ratio:.0%} of the channels, {scope}, no rounding: speed of what ships"
-            figures.append(Figure(text, found.ratio, "{:.2f}x", at_least=1 / SAME))
-            details.append(f"{text}: the pruning was {'kept' if kept else 'dropped'}.")
+    figures, details = figures_of(accuracies, latencies)
+    figures += [figure for figure, _ in traps]
+    details += [text for _, text in traps]
     return publish(
         "pruning",
         figures,

@@ -26,14 +26,18 @@ from deploykit.statistics import median_ratio_interval
 from deploykit.structure import example_input
 from deploykit.targets import resolve_target
 from deploykit.train.freeze import set_mode
+from deploykit.train.learner import fastest_layout
 
 
 def make_step(module: nn.Module, batch: int) -> Callable[[], None]:
-    """Return a function that does one training step."""
+    """Return a function that does one training step, laid out and updated as `fit` does it."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch, 3, 32, 32, generator=generator)
+    inputs = inputs.contiguous(memory_format=fastest_layout(module, inputs))
     labels = torch.randint(CLASSES, (batch,), generator=generator)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True
+    )
 
     def step() -> None:
         optimizer.zero_grad()

@@ -133,10 +133,12 @@ def answer(run: Run, inputs: np.ndarray) -> np.ndarray:
 def timed(models: dict[str, tuple[Run, np.ndarray]], rounds: int) -> dict[str, dict[str, list]]:
     """Return the mean milliseconds of a batch in each round, by model and batch size."""
     found: dict[str, dict[str, list]] = {name: {} for name in models}
+    order = np.random.default_rng(0)
     for batch in BATCHES:
         feeds = {name: (run, inputs[:batch].copy()) for name, (run, inputs) in models.items()}
         for _ in range(rounds + 1):
-            for name, (run, inputs) in feeds.items():
+            for name in order.permutation(list(feeds)):  # no model always behind the same one
+                run, inputs = feeds[name]
                 found[name].setdefault(str(batch), []).append(mean_ms(run, inputs, SECONDS[batch]))
         for times in found.values():
             del times[str(batch)][0]  # the round that warmed up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from deploykit.environment import environment
 from deploykit.publish import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,18 @@ class Figure:
         """Return the cells of the figure's row."""
         verdict = "" if not self.promise else "yes" if self.holds else "NO"
         return self.name, self.form.format(self.value), self.promise, verdict
+
+
+def code_key(*settings: object) -> str:
+    """Name the code, the versions and the settings that a result comes from.
+
+    A kept result of another key is none of today's.
+    """
+    found = hashlib.sha256(repr((settings, environment()["versions"])).encode())
+    for folder in ("deploykit", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            found.update(f"{file.relative_to(ROOT)} ".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def publish(

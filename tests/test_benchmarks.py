@@ -1,15 +1,22 @@
 """What the benchmarks rest on: promises are kept or tell, and broken files are seen."""
 
+import argparse
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from deploykit.recipe import dump_recipe, load_recipe
+from deploykit.recipe.paths import with_absolute_paths
+from deploykit.targets import TARGETS
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 HELPERS = {"table", "example", "recipe_run", "against_rivals", "rivals", "vision_operators"}
 
 
@@ -113,3 +120,47 @@ def test_portability_promises_what_both_cpus_can_show(load):
     there["refusal"] = ""
     fallen = [one.name for one in portability.figures_of(here, there) if not one.holds]
     assert fallen == ["7-bit, equal answers on both", "8-bit bundle refused without"]
+
+
+def test_a_result_of_other_code_or_settings_has_another_key(load, tmp_path, monkeypatch):
+    table = load("table")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (tmp_path / "deploykit").mkdir()
+    file = tmp_path / "deploykit" / "a.py"
+    file.write_text("a = 1")
+    first = table.code_key(64)
+    assert table.code_key(64) == first
+    assert table.code_key(16) != first
+    file.write_text("a = 2")
+    assert table.code_key(64) != first
+
+
+def test_a_run_of_another_recipe_is_no_run_of_this_one(load, tmp_path):
+    """Wherever data and weights lie."""
+    runs = load("recipe_run")
+    recipe = with_absolute_paths(load_recipe(ROOT / "recipes/cifar10_resnet56.yaml"), tmp_path)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    options = argparse.Namespace(run=tmp_path, trial=False)
+    assert runs.finished_run("recipes/cifar10_resnet56.yaml", options, tmp_path) == tmp_path
+    pruned = recipe.prune.model_copy(update={"speedup": 9.0})
+    other = dump_recipe(recipe.model_copy(update={"prune": pruned}))
+    (tmp_path / "recipe.yaml").write_text(other)
+    with pytest.raises(SystemExit, match="got another prune"):
+        runs.finished_run("recipes/cifar10_resnet56.yaml", options, tmp_path)
+
+
+@pytest.mark.parametrize(("ms", "found"), [(0.7, (0.3, None)), (0.55, (0.4, 16)), (0.0, (0.9, 16))])
+def test_rivals_lose_as_few_channels_as_the_latency_allows(load, monkeypatch, ms, found):
+    """Rounded to the kernels' block or not; where nothing is as fast, the fastest."""
+    pruning = load("pruning")
+    monkeypatch.setattr(pruning, "example_input", lambda *_, **__: None)
+    monkeypatch.setattr(pruning, "counted", lambda _m, _e, _s, ratio, rounded: (ratio, rounded))
+    faster = {(0.4, 16): 0.5}
+    latency = SimpleNamespace(
+        target=TARGETS["cpu-x86-vnni"],
+        measure=lambda one: faster.get(
+            one, 1 - one[0] + (one[1] is not None) * 0.1 * (one[0] < 0.9)
+        ),
+    )
+    setting = SimpleNamespace(start=SimpleNamespace(module=None), latency=latency)
+    assert pruning.as_fast(setting, "uniform", ms) == (found[0], found)

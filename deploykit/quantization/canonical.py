@@ -180,20 +180,14 @@ def _bounds(node: Node) -> tuple[Any, Any]:
 
 
 def _product(graph: GraphModule, node: Node) -> Node | None:
-    """Write a product with a matrix of the model's own as the layer that it is."""
-    source, weight = arguments(node)
-    if is_constant(source) or not _is_constant_of(weight, axes=2):
+    """Write a product with a matrix of the model's own, perhaps with a sum, as a linear layer."""
+    *bias, source, weight = arguments(node)
+    if node.kwargs or is_constant(source) or not _is_constant_of(weight, axes=2):
+        return None
+    if not all(_is_constant_of(one, axes=1) for one in bias):
         return None
     turned = _insert(graph, node, aten.t.default, (weight,))
-    return _insert(graph, node, aten.linear.default, (source, turned))
-
-
-def _biased_product(graph: GraphModule, node: Node) -> Node | None:
-    bias, source, weight = arguments(node)
-    if node.kwargs or is_constant(source) or not _is_constant_of(bias, axes=1):
-        return None
-    turned = _insert(graph, node, aten.t.default, (weight,))
-    return _insert(graph, node, aten.linear.default, (source, turned, bias))
+    return _insert(graph, node, aten.linear.default, (source, turned, *bias))
 
 
 def _sum(graph: GraphModule, node: Node) -> Node | None:
@@ -202,7 +196,8 @@ def _sum(graph: GraphModule, node: Node) -> Node | None:
     for layer, bias in ((one, other), (other, one)):
         if not _lacks_bias(layer) or node.kwargs or not _is_constant_of(bias, axes=1):
             continue
-        if bias.meta["val"].shape[0] == layer.meta["val"].shape[-1]:
+        given, made = bias.meta["val"], layer.meta["val"]
+        if given.dtype == made.dtype and given.shape[0] == made.shape[-1]:
             return _insert(graph, node, aten.linear.default, (*layer.args, bias))
     return None
 
@@ -267,7 +262,7 @@ REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys((*CLIPS, *CLAMPS), _clip),
     aten.matmul.default: _product,
     aten.mm.default: _product,
-    aten.addmm.default: _biased_product,
+    aten.addmm.default: _product,
     **dict.fromkeys(ADDITIONS, _sum),
     NORM: _norm,
 }
