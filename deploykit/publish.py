@@ -14,14 +14,26 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from deploykit.errors import UsageError
 
-# A folder that holds one of these was made here, and so may be replaced by --force.
-OUR_FILES = ("manifest.json", "recipe.yaml", "structure.json", "expected.npz")
 LOCK = ".lock"
+MANIFEST = "manifest.json"
+# What a bundle, a run, a candidate and golden samples always hold, and what else they may: a folder
+# with anything more may not be replaced by --force.
+OUR_FOLDERS = {
+    (MANIFEST, "model.onnx"): ("run.py", "README.md", "golden"),
+    ("recipe.yaml", LOCK): (
+        *("splits.json", "calibration.npy", "golden", "logs", "checkpoints", "candidates"),
+        *("onnx", "trials", "measurements.json", "latencies*.json", "report.json", "report.html"),
+    ),
+    ("structure.json",): ("model.safetensors",),
+    ("expected.npz",): ("???.png", "???.jpg", "???.npy"),
+}
+LEFT_OVER = (LOCK, ".*.tmp", ".*.staging", ".DS_Store")  # by this or another program; no loss
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -73,15 +85,27 @@ def refuse_existing(destination: Path, force: bool) -> None:
             raise UsageError(
                 f"{destination}: exists already; choose another place, or replace it with --force"
             )
-        ours = destination.is_dir() and (
-            any((destination / name).is_file() for name in OUR_FILES)
-            or {entry.name for entry in destination.iterdir()} <= {LOCK}
-        )
-        if destination.is_symlink() or not ours:
+        foreign = None if destination.is_symlink() else _foreign_entry(destination)
+        if foreign != "":
+            found = f"something else in it, {foreign}" if foreign else "something else"
             raise UsageError(
-                f"{destination}: expected a folder that deploykit made, found something else; "
-                "choose another place or remove it yourself"
+                f"{destination}: expected a folder that deploykit made, found {found}; choose "
+                "another place or remove it yourself"
             )
+
+
+def _foreign_entry(folder: Path) -> str | None:
+    """Return what shows that deploykit did not make a folder; "" if it did, None if none is."""
+    if not folder.is_dir():
+        return None
+    names = sorted(entry.name for entry in folder.iterdir())
+    known = next((one for one in OUR_FOLDERS.items() if set(one[0]) <= set(names)), ((), ()))
+    patterns = (*known[0], *known[1], *LEFT_OVER)
+    return next((name for name in names if not _fits(name, patterns)), "")
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @contextmanager
@@ -238,7 +262,7 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def _sync_tree(folder: Path) -> None:
     """Force a folder to the disk, its manifest last: with it there, everything is."""
-    paths = sorted(folder.rglob("*"), key=lambda path: (path == folder / OUR_FILES[0], path))
+    paths = sorted(folder.rglob("*"), key=lambda path: (path == folder / MANIFEST, path))
     for path in paths:
         if not path.is_symlink():
             _sync(path)

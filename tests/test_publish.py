@@ -18,8 +18,8 @@ from deploykit.publish import (
     write_json,
 )
 
-OLD = {"manifest.json": "old", "deep/a": "old a"}
-NEW = {"manifest.json": "new", "deep/b": "new b", "deep/c": "new c"}
+OLD = {"manifest.json": "old", "model.onnx": "old", "golden/a": "old a"}
+NEW = {"manifest.json": "new", "model.onnx": "new", "golden/b": "new b", "golden/c": "new c"}
 
 
 def fill(folder, files):
@@ -156,52 +156,67 @@ def test_fault_injection_catches_a_publisher_that_writes_in_place(destination, m
     assert any(files not in (OLD, NEW) for files in seen)
 
 
+# Waits for a number, publishes in a process of its own that is killed at that operation, and says
+# how that ended: nothing has to be imported again.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from deploykit import publish
 
-destination, fail_at, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+destination, exchange = Path(sys.argv[1]), sys.argv[2] == "True"
 if not exchange:
     publish._exchange = lambda *_: False
-calls = 0
 
-def audit(event, arguments):  # called before every operation on files
-    global calls
-    if event == "open" or event.startswith("os."):
-        calls += 1
-        if calls == fail_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+def publish_until(fail_at):
+    calls = 0
 
-sys.addaudithook(audit)
-with publish.publish_folder(destination, force=True) as staging:
-    for name in ("manifest.json", "b"):
-        (staging / name).write_text("new")
-print("done")
+    def audit(event, arguments):  # called before every operation on files
+        nonlocal calls
+        if event == "open" or event.startswith("os."):
+            calls += 1
+            if calls == fail_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    with publish.publish_folder(destination, force=True) as staging:
+        for name in ("manifest.json", "model.onnx"):
+            (staging / name).write_text("new")
+    os._exit(0)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        publish_until(int(line))
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", [True, False])
 def test_kill_at_every_operation_leaves_the_old_or_the_new_whole(tmp_path, exchange):
-    destination, old, new = tmp_path / "x", {"manifest.json": "old"}, dict.fromkeys("b", "new")
-    new["manifest.json"] = "new"
+    destination = tmp_path / "x"
+    old, new = (dict.fromkeys(("manifest.json", "model.onnx"), text) for text in ("old", "new"))
     outcomes = set()
-    for fail_at in range(1, 200):
-        publish.shutil.rmtree(destination, ignore_errors=True)
-        fill(destination, old)
-        command = [sys.executable, "-c", KILLED, str(destination), str(fail_at), str(exchange)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = content(destination) if destination.exists() else None
-        # Where the system cannot exchange, the place may be empty until the next publication.
-        assert found in ((old, new) if exchange else (old, new, None))
-        with publish_folder(tmp_path / "x", force=True) as staging:
-            fill(staging, old)
-        assert names(tmp_path) == ["x"], "the next one clears up"
-        outcomes.add((done.returncode, str(found)))
-        if done.returncode == 0:
-            break
-    assert {code for code, _ in outcomes} == {-signal.SIGKILL, 0}
+    command = [sys.executable, "-c", KILLED, str(destination), str(exchange)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as told:
+        for fail_at in range(1, 200):
+            publish.shutil.rmtree(destination, ignore_errors=True)
+            fill(destination, old)
+            print(fail_at, file=told.stdin, flush=True)
+            code = int(told.stdout.readline())
+            found = content(destination) if destination.exists() else None
+            # Where the system cannot exchange, the place may be empty until the next publication.
+            assert found in ((old, new) if exchange else (old, new, None))
+            with publish_folder(tmp_path / "x", force=True) as staging:
+                fill(staging, old)
+            assert names(tmp_path) == ["x"], "the next one clears up"
+            outcomes.add(code)
+            if code == 0:
+                break
+    assert outcomes == {-signal.SIGKILL, 0}
 
 
 def test_folder_set_aside_by_a_killed_process_comes_back(destination):
@@ -215,7 +230,7 @@ def test_staging_of_a_living_process_is_left_alone(destination):
     with publish_folder(destination, force=True) as first:
         fill(first, NEW)
         with publish_folder(destination, force=True) as second:
-            fill(second, {"manifest.json": "second"})
+            fill(second, OLD)
         assert content(first) == NEW
     assert content(destination) == NEW
 
@@ -246,13 +261,42 @@ def make_foreign_folder(path):
     fill(path, {"thesis.tex": "precious"})
 
 
+def make_project(path):
+    """As a user's own, where a recipe lies beside what it names."""
+    fill(path, {"recipe.yaml": "schema: 1", "net.py": "precious", "data/a.png": "precious"})
+
+
+def make_recipe_alone(path):
+    fill(path, {"recipe.yaml": "precious"})
+
+
+def make_web_app(path):
+    fill(path, {"manifest.json": "{}", "index.html": "precious"})
+
+
+def make_bundle_with_notes(path):
+    fill(path, {**OLD, "notes.txt": "precious"})
+
+
 def make_link(path):
     target = path.with_name("target")
     fill(target, OLD)
     path.symlink_to(target)
 
 
-@pytest.mark.parametrize("make", [make_file, make_foreign_folder, make_link, os.mkfifo])
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_file,
+        make_foreign_folder,
+        make_project,
+        make_recipe_alone,
+        make_web_app,
+        make_bundle_with_notes,
+        make_link,
+        os.mkfifo,
+    ],
+)
 def test_force_destroys_nothing_that_deploykit_did_not_make(tmp_path, make):
     make(tmp_path / "x")
     with pytest.raises(UsageError, match="something else"):
