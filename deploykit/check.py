@@ -6,11 +6,13 @@ import time
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from deploykit.artifacts import Candidate
 from deploykit.data import Dataset
 from deploykit.data.pixels import normalize
+from deploykit.errors import ModelError
 from deploykit.job import check_speed_can_be_judged, read_data
 from deploykit.recipe.sections import Recipe
 from deploykit.start import initial_candidate, student_candidate
@@ -98,25 +100,24 @@ def _amount(key: str, value: float) -> str:
 
 
 def _estimate(recipe: Recipe, candidate: Candidate, dataset: Dataset) -> float:
-    """Time a few steps and multiply."""
+    """Time a few steps, if any training is asked for, and multiply."""
+    whole = recipe.train.epochs if recipe.train else 0
+    later = recipe.prune.steps * recipe.prune.epochs if recipe.prune else 0
+    later += sum(one.epochs for one in (recipe.surgery, recipe.sparsify, recipe.cluster) if one)
+    rounded = recipe.quantize.epochs if recipe.quantize and recipe.quantize.mode != "ptq" else 0
+    seconds = (1 + len(recipe.compressors)) * PROOF_SECONDS
+    if not (whole or later or rounded or recipe.distill):
+        return seconds
     batch_size = recipe.train.batch_size if recipe.train else 128
     steps = len(dataset.train) / batch_size
     epoch = _step_seconds(candidate, dataset, batch_size) * steps
-    seconds = epoch * (recipe.train.epochs if recipe.train else 0)
+    seconds += whole * epoch
     student = student_candidate(recipe, dataset)
     if recipe.distill is not None and student is not None:
         taught = epoch * TEACHING_COST
         epoch = _step_seconds(student, dataset, batch_size) * steps
         seconds += recipe.distill.epochs * (epoch + taught)
-    epochs = 0.0
-    if recipe.prune is not None:
-        epochs += recipe.prune.steps * recipe.prune.epochs
-    others = (recipe.surgery, recipe.sparsify, recipe.cluster)
-    epochs += sum(one.epochs for one in others if one is not None)
-    if recipe.quantize is not None and recipe.quantize.mode != "ptq":
-        epochs += QAT_COST * recipe.quantize.epochs
-    stages = 1 + len(recipe.compressors)
-    return seconds + epochs * epoch + stages * PROOF_SECONDS
+    return seconds + (later + QAT_COST * rounded) * epoch
 
 
 def _step_seconds(candidate: Candidate, dataset: Dataset, batch_size: int) -> float:
@@ -128,8 +129,15 @@ def _step_seconds(candidate: Candidate, dataset: Dataset, batch_size: int) -> fl
         inputs = normalize(
             torch.from_numpy(dataset.train.load(rows)), candidate.signature.preprocess
         )
-        loss = cross_entropy(module(inputs), torch.from_numpy(dataset.train.labels[rows]))
-        torch.autograd.backward(loss)
+        outputs = module(inputs)
+        if not isinstance(outputs, Tensor):
+            raise ModelError(
+                f"model: {candidate.structure['model']['name']}: expected logits in training as "
+                f"well, got {type(outputs).__name__}; let forward return them alone"
+            )
+        loss = cross_entropy(outputs, torch.from_numpy(dataset.train.labels[rows]))
+        if loss.requires_grad:  # nothing learns in a model that is frozen or has no weights
+            torch.autograd.backward(loss)
         best = min(best, time.perf_counter() - start)
     return best * batch_size / len(rows)
 

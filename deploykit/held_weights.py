@@ -67,7 +67,7 @@ def projections(candidate: Candidate) -> dict[str, Projection]:
     that is the sum of the members' gradients, as Han et al. 2015 have it, over their number: the
     same way, at a rate that suits groups of any size.
     """
-    parameters = dict(candidate.module.named_parameters())
+    parameters = dict(candidate.module.named_parameters(remove_duplicate=False))
     held: dict[str, Projection] = {}
     for name in candidate.structure.get("sparse", ()):
         held[name] = partial(_zeroed, mask=parameters[name].detach() != 0)
@@ -76,7 +76,9 @@ def projections(candidate: Candidate) -> dict[str, Projection]:
         mask = held.get(name, _as_it_is)
         _, members = torch.unique(parameters[name].detach().cpu(), return_inverse=True)
         held[name] = partial(_shared, mask=mask, members=members.flatten())
-    return held
+    # A graph knows a tied weight by one of its names.
+    known = {id(parameters[name]): one for name, one in held.items()}
+    return {name: known[id(one)] for name, one in parameters.items() if id(one) in known}
 
 
 def _as_it_is(values: Tensor) -> Tensor:

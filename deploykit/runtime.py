@@ -844,7 +844,7 @@ def predict(folder: Path, files: Sequence[str], as_json: bool) -> None:
         top = rank(probabilities, manifest["labels"])
         answers.append({"file": file, **top[0], "top": top})
     if as_json:
-        print(json.dumps(answers, ensure_ascii=False))
+        print(json.dumps(answers))  # ASCII, whatever the terminal takes
         return
     for answer in answers:
         best, *others = (f"{one['label']} {one['probability']:.4f}" for one in answer["top"])

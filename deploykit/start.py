@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deploykit.artifacts import Candidate, JsonDict, Signature, TensorSpec
 from deploykit.data import Dataset
+from deploykit.data.pixels import normalize
 from deploykit.errors import MissingDependency, ModelError, RecipeError
 from deploykit.held_weights import check_protected
-from deploykit.models.build import build_model
+from deploykit.models.build import build_model, drawing
 from deploykit.models.modes import evaluating
 from deploykit.models.normalization import fold_normalization
 from deploykit.models.patterns import match_modules
@@ -26,6 +28,8 @@ from deploykit.seeds import stable_seed
 from deploykit.structure import example_input
 from deploykit.surgery import replaced
 from deploykit.train.freeze import match_groups
+
+SAME = 1e-3  # of the largest logit: what two ways to compute the same may differ by
 
 
 def initial_candidate(recipe: Recipe, dataset: Dataset, module: nn.Module | None) -> Candidate:
@@ -40,7 +44,7 @@ def initial_candidate(recipe: Recipe, dataset: Dataset, module: nn.Module | None
         ModelError: a later stage could not use the model; said now, not after the training.
     """
     module = _build(recipe.model, recipe, dataset) if module is None else copy.deepcopy(module)
-    candidate = _folded(_plain(recipe.model, module, dataset), stage="train")
+    candidate = _folded(_plain(recipe.model, module, recipe, dataset), stage="train")
     _check_stages(recipe, dataset, candidate)
     return candidate
 
@@ -55,8 +59,10 @@ def student_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
         return None
     with _told_of("distill.student"):
         module = _build(recipe.distill.student, recipe, dataset)
-        candidate = _folded(_plain(recipe.distill.student, module, dataset), stage="distill")
-        trace(candidate.module, example_input(candidate, batch=2))
+        candidate = _folded(
+            _plain(recipe.distill.student, module, recipe, dataset), stage="distill"
+        )
+        _check_trace(candidate, dataset)
         return candidate
 
 
@@ -70,7 +76,7 @@ def teacher_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:
         return None
     with _told_of("train.teacher"):
         module = _build(recipe.train.teacher, recipe, dataset)
-        return _plain(recipe.train.teacher, module, dataset)
+        return _plain(recipe.train.teacher, module, recipe, dataset)
 
 
 @contextmanager
@@ -84,7 +90,7 @@ def _told_of(section: str) -> Iterator[None]:
         raise type(error)(f"{section}{told}") from error
 
 
-def _plain(section: ModelSection, module: nn.Module, dataset: Dataset) -> Candidate:
+def _plain(section: ModelSection, module: nn.Module, recipe: Recipe, dataset: Dataset) -> Candidate:
     """Return a module as a candidate that takes what the data section says.
 
     Raises:
@@ -98,7 +104,11 @@ def _plain(section: ModelSection, module: nn.Module, dataset: Dataset) -> Candid
         preprocess=dataset.preprocess,
     )
     structure: JsonDict = {
-        "model": {"name": section.name, "arguments": section.arguments},
+        "model": {
+            "name": section.name,
+            "arguments": section.arguments,
+            "seed": stable_seed(recipe.seed, "weights"),
+        },
         "classes": classes,
         "sample_shape": list(dataset.sample_shape),
     }
@@ -123,8 +133,7 @@ def _folded(plain: Candidate, stage: str) -> Candidate:
 
 
 def _build(section: ModelSection, recipe: Recipe, dataset: Dataset) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(stable_seed(recipe.seed, "weights"))
+    with drawing(stable_seed(recipe.seed, "weights")):
         return build_model(
             section,
             classes=len(dataset.classes),
@@ -140,21 +149,49 @@ def _input_spec(dataset: Dataset) -> TensorSpec:
 
 
 def _check_answer(candidate: Candidate, example: Tensor, classes: int) -> None:
+    """Refuse a model that does not answer with float32 logits, one a class, at any batch size."""
     name = candidate.structure["model"]["name"]
-    try:
-        with torch.no_grad(), evaluating(candidate.module) as module:
-            answer = module(example)
-    except Exception as error:  # a user's code may raise anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+    for inputs in (example, example[:1]):
+        try:
+            with torch.no_grad(), evaluating(candidate.module) as module:
+                answer = module(inputs)
+        except Exception as error:  # a user's code may raise anything
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelError(
+                f"model: {name}: expected a forward pass on input {tuple(inputs.shape)}, "
+                f"got {why}; mend the model or the size of the data"
+            ) from error
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        if got != (len(inputs), classes):
+            raise ModelError(
+                f"model: {name}: expected logits {(len(inputs), classes)}, one a class, got {got}; "
+                "mend the model or the classes of the data"
+            )
+        if answer.dtype != torch.float32:
+            raise ModelError(
+                f"model: {name}: expected logits of float32, got {str(answer.dtype)[6:]}; end "
+                "the forward pass with .float()"
+            )
+
+
+def _check_trace(candidate: Candidate, dataset: Dataset) -> None:
+    """Refuse a model whose trace answers otherwise than its own forward pass.
+
+    Raises:
+        ModelError: it cannot be traced, or the trace is another function.
+    """
+    graph = trace(candidate.module, example_input(candidate, batch=2))
+    rows = np.arange(3) % len(dataset.train)
+    preprocess = candidate.signature.preprocess
+    inputs = normalize(torch.from_numpy(dataset.train.load(rows)), preprocess)
+    with torch.no_grad(), evaluating(candidate.module) as module:
+        expected, found = module(inputs), graph(inputs)
+    apart, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    if apart > SAME * max(largest, 1):
         raise ModelError(
-            f"model: {name}: expected a forward pass on input {tuple(example.shape)}, "
-            f"got {why}; mend the model or the size of the data"
-        ) from error
-    got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-    if got != (len(example), classes):
-        raise ModelError(
-            f"model: {name}: expected logits {(len(example), classes)}, one a class, got {got}; "
-            "mend the model or the classes of the data"
+            f"model: {candidate.structure['model']['name']}: expected torch.export's trace to "
+            f"answer as the model does, got logits that differ by {apart:.2g}; let forward draw "
+            "no random numbers and write into no part of a tensor"
         )
 
 
@@ -164,7 +201,7 @@ def _check_stages(recipe: Recipe, dataset: Dataset, candidate: Candidate) -> Non
         raise RecipeError(["data.augment: expected images to augment, got arrays; remove it"])
     if recipe.train is not None:
         match_groups(candidate.module, recipe.train.groups)
-    trace(candidate.module, example_input(candidate, batch=2))
+    _check_trace(candidate, dataset)
     teacher_candidate(recipe, dataset)
     student = student_candidate(recipe, dataset)
     if recipe.distill is None or recipe.distill.unless_it_pays == "drop":

@@ -19,7 +19,7 @@ from torch import nn
 from deploykit.artifacts import Candidate, JsonDict, Signature
 from deploykit.depth import remove_blocks
 from deploykit.errors import ModelError
-from deploykit.models.build import call_factory
+from deploykit.models.build import call_factory, drawing
 from deploykit.models.modes import evaluating
 from deploykit.models.normalization import add_biases
 from deploykit.models.surgery import replace_operators
@@ -113,13 +113,15 @@ def rebuild(structure: Mapping[str, Any], *, base: Path) -> nn.Module:
     Raises:
         ModelError: the factory no longer builds a module that the structure fits.
     """
-    module = call_factory(
-        structure["model"]["name"],
-        structure["model"]["arguments"],
-        classes=structure["classes"],
-        sample_shape=tuple(structure["sample_shape"]),
-        base=base,
-    )
+    # What a factory draws need not be among the weights.
+    with drawing(structure["model"].get("seed", 0)):
+        module = call_factory(
+            structure["model"]["name"],
+            structure["model"]["arguments"],
+            classes=structure["classes"],
+            sample_shape=tuple(structure["sample_shape"]),
+            base=base,
+        )
     try:
         add_biases(module, structure.get("input", {}).get("bias_added", []))
         replace_operators(module, structure.get("surgery", {}))

@@ -197,9 +197,29 @@ def test_bad_settings_are_one_sentence(tmp_path, settings, error, words):
     assert not (tmp_path / "run").exists()
 
 
+class Squeezing(Net):
+    """Loses the batch of one as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).unsqueeze(0).squeeze()
+
+
+class Wide(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).double()
+
+
+class Drawing(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.rand(3)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (Squeezing(), r"expected logits \(1, 3\), one a class, got \(3,\)"),
+        (Wide(), "expected logits of float32, got float64"),
+        (Drawing(), "trace to answer as the model does"),
         (Net(classes=5), r"expected logits \(2, 3\), one a class, got \(2, 5\)"),
         (nn.Linear(3, 3), "expected a forward pass"),
         (nn.LSTM(8, 3), "model"),

@@ -185,6 +185,21 @@ def test_check_needs_no_place_to_write(deploykit, tmp_path):
     assert deploykit("compress", tmp_path / "recipe.yaml", "--check").code == 0
 
 
+def test_check_times_no_training_that_nobody_asked_for(deploykit, tmp_path):
+    """As of a model in which nothing can learn."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def net(classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).requires_grad_(False)\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(CALIBRATED.replace("mlp, arguments: {hidden: [16]}", "'net.py:net'"))
+    done = deploykit("compress", recipe, "--check")
+    assert (done.code, done.err) == (0, "")
+    done = deploykit("compress", recipe, "--check", "--set", "train={epochs: 1}")
+    assert done.code == 3
+
+
 def test_check_finds_what_the_run_would_meet(deploykit, tmp_path):
     (tmp_path / "recipe.yaml").write_text(CALIBRATED)
     for override, code, words in (
@@ -229,6 +244,19 @@ def test_names_of_any_bytes_are_told(bundle, tmp_path):
     done = subprocess.run([*PROGRAM, "predict", bundle, name], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"caf\\udce9.png: " in done.stdout
+
+
+def test_answers_are_json_whatever_the_terminal_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiny_bundle.LABELS", ("café", "\U0001f600", "c"))
+    folder = make_bundle(tmp_path)
+    done = subprocess.run(
+        [sys.executable, folder / "run.py", "predict", folder / "golden/000.png", "--json"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    (answer,) = json.loads(done.stdout)
+    assert {one["label"] for one in answer["top"]} == {"café", "\U0001f600", "c"}
 
 
 def test_command_of_any_bytes_can_be_reported(monkeypatch):

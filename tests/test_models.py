@@ -122,6 +122,11 @@ def test_two_files_of_one_name_are_two_models(tmp_path):
         ("m.py:net", "def net(depth): return 3", "missing a required argument: 'depth'"),
         ("m.py:net", "def net(): raise ValueError('odd width')", "odd width"),
         ("m.py:net", "def net(): return {}['w']", "KeyError: 'w'"),
+        (
+            "m.py:net",
+            "from torch import nn\ndef net(): return nn.Sequential(nn.LazyLinear(3))",
+            r"got lazy ones \(0\.weight, 0\.bias\); say how many inputs",
+        ),
     ],
 )
 def test_bad_model_of_the_user_is_one_clear_error(tmp_path, name, text, message):

@@ -20,7 +20,7 @@ from tiny_training import SignalAfter, tiny_dataset, tiny_net, tiny_plan, tiny_t
 from torch import nn
 from torch.nn import functional
 
-from deploykit.errors import Interrupted
+from deploykit.errors import CompressionError, Interrupted
 from deploykit.quantization import graphs
 from deploykit.quantization.canonical import canonicalize
 from deploykit.quantization.graphs import (
@@ -33,7 +33,7 @@ from deploykit.quantization.graphs import (
     trace,
     training_graph,
 )
-from deploykit.quantization.layers import kernels
+from deploykit.quantization.layers import kernels, module_of
 from deploykit.recipe.sections import GroupSection
 from deploykit.train import fit, stop_on_signals
 
@@ -488,6 +488,98 @@ def test_canonical_spelling_keeps_values(forward, gone):
         expected = net(batch(count))
         assert graph(batch(count)).shape == expected.shape
         assert torch.allclose(graph(batch(count)), expected, atol=1e-6)
+
+
+def clip_a_part(net, x):
+    h = net.c1(x)
+    h[:, :4].clamp_(min=0)
+    return net.c2(h)
+
+
+def clip_what_overlaps(net, x):
+    h = net.c1(x)
+    whole = h.flatten(2)
+    functional.relu6(h[:, 4:], inplace=True)
+    return net.c2(whole.view_as(h))
+
+
+def overwrite_a_part(net, x):
+    h = net.c1(x)
+    h[:, 0] = 0
+    return net.c2(functional.silu(h, inplace=True))
+
+
+@pytest.mark.parametrize("forward", [clip_a_part, clip_what_overlaps, overwrite_a_part])
+def test_a_write_into_a_part_is_kept_in_floats_and_refused_in_integers(forward):
+    net = Net(forward, c1=conv(CHANNELS, 8), c2=conv(8, 8))
+    with torch.no_grad():
+        assert torch.allclose(trace(net, EXAMPLE)(batch(3)), net(batch(3)), atol=1e-6)
+    for make in (training_graph, calibration_graph):
+        with pytest.raises(CompressionError, match=r"part of a tensor in .*torch\.cat"):
+            make(net, EXAMPLE, TARGET, {})
+
+
+def test_writing_into_what_nothing_else_reads_is_as_good_as_a_new_value():
+    def forward(net, x):
+        h = functional.relu(net.c1(x).flatten(1), inplace=True)
+        return net.fc(h)
+
+    net = Net(forward, c1=conv(CHANNELS, 8), fc=nn.Linear(8 * SIDE * SIDE, CLASSES))
+    graph = calibration_graph(net, EXAMPLE, TARGET, {})
+    with torch.no_grad():
+        assert torch.allclose(graph(batch(3)), net(batch(3)), atol=1e-4)
+
+
+def test_products_of_other_types_stay_as_they_are():
+    """Integers stand for float32 alone, and ONNX Runtime has no layer of the others."""
+    wide, table = WEIGHT.double(), (WEIGHT * 9).long()
+    net = Net(
+        lambda net, x: net.c1((x.double() @ wide).float() + (x > 0).long() @ table),
+        c1=conv(CHANNELS, 8),
+    )
+    graph = calibration_graph(net, EXAMPLE, TARGET, {})
+    assert aten.linear.default not in {node.target for node in graph.graph.nodes}
+    with torch.no_grad():
+        assert torch.allclose(graph(batch(3)), net(batch(3)), atol=1e-4)
+
+
+def test_a_layer_keeps_its_name_when_it_takes_in_a_sum():
+    net = Net(
+        lambda net, x: net.fc(x.flatten(1)) + net.shift, fc=nn.Linear(EXAMPLE[0].numel(), 4, False)
+    )
+    net.shift = nn.Parameter(torch.ones(4))
+    (layer,) = kernels(trace(net, EXAMPLE).graph)
+    assert module_of(layer) == "fc"
+    assert len(layer.args) == 3
+
+
+class StillNorm(nn.Module):
+    """As detectors have it: constants and statistics that no training moves."""
+
+    def __init__(self, width):
+        super().__init__()
+        for name, value in (("weight", 0), ("bias", 1), ("running_mean", 2), ("running_var", 3)):
+            self.register_buffer(name, torch.full((width,), float(value)))
+
+    def forward(self, x):
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False
+        )
+
+
+def test_statistics_of_a_users_own_norm_stand_still():
+    net = Net(
+        lambda net, x: net.fc(pooled(net.n1(net.c1(x)))),
+        c1=conv(CHANNELS, 8),
+        n1=StillNorm(8),
+        fc=nn.Linear(8, CLASSES),
+    )
+    graph = training_graph(net, EXAMPLE, TARGET, {})
+    set_graph_mode(graph, True, NOTHING)
+    graph(batch(8))
+    buffers = dict(graph.named_buffers())
+    assert torch.equal(buffers["n1.running_mean"], net.n1.running_mean)
+    assert torch.equal(buffers["n1.running_var"], net.n1.running_var)
 
 
 def test_a_clip_of_whole_numbers_stays_as_it_is():

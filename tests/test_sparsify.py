@@ -101,6 +101,18 @@ def test_no_layer_loses_all_of_its_weights():
     assert int(kept["large"].sum()) == 16
 
 
+def test_a_tied_weight_is_held_under_each_of_its_names(candidate):
+    """A graph knows it by one of them only."""
+    twice = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        twice.weight[::2] = 0
+    module = torch.nn.Sequential(twice, torch.nn.ReLU(), twice)
+    structure = {**candidate.structure, "sparse": ["0.weight"]}
+    held = projections(replace(candidate, module=module, structure=structure))
+    assert list(held) == ["0.weight", "2.weight"]
+    assert torch.equal(held["2.weight"](torch.ones(8, 8)) == 0, twice.weight == 0)
+
+
 # k-means
 
 

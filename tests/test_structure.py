@@ -9,7 +9,7 @@ from torch import nn
 from deploykit.artifacts import Candidate, Signature, TensorSpec
 from deploykit.errors import ModelError
 from deploykit.models import fold_normalization
-from deploykit.models.build import call_factory
+from deploykit.models.build import call_factory, drawing
 from deploykit.prune import prune_channels
 from deploykit.structure import example_input, load_candidate, save_candidate
 from deploykit.widths import changed_widths, read_widths
@@ -35,9 +35,10 @@ class Net(nn.Module):
         self.up = nn.ConvTranspose2d(width, 24, 2)
         self.act = nn.PReLU(24)
         self.head = nn.Linear(24, classes)
+        self.noise = torch.randn(1)  # a constant, but none of the weights
 
     def forward(self, x):
-        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.norm(self.stem(x)) + self.noise)
         x = self.act(self.up(self.depthwise(x)))
         return self.head(x.mean((2, 3)))
 
@@ -51,12 +52,13 @@ def candidate_of(name, base, arguments=None, *, size=8):
     torch.manual_seed(0)
     arguments = arguments or {}
     shape = (size, size, 3)
-    module = call_factory(name, arguments, classes=10, sample_shape=shape, base=base)
+    with drawing(5):
+        module = call_factory(name, arguments, classes=10, sample_shape=shape, base=base)
     module(torch.randn(4, 3, size, size))
     folded, preprocess, note = fold_normalization(module, PREPROCESS, torch.zeros(2, 3, size, size))
     pruned, _ = prune_channels(folded, torch.randn(2, 3, size, size), channel_ratio=0.4)
     structure = {
-        "model": {"name": name, "arguments": arguments},
+        "model": {"name": name, "arguments": arguments, "seed": 5},
         "classes": 10,
         "sample_shape": list(shape),
         "input": note,

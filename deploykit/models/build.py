@@ -1,12 +1,15 @@
 """From the recipe's ``model`` section to a module."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from deploykit.errors import DeploykitError, MissingDependency, ModelError
 from deploykit.models.digits_cnn import digits_cnn
@@ -19,6 +22,14 @@ from deploykit.user_code import load_function
 Factory = Callable[..., nn.Module]
 
 FACTORIES: Mapping[str, Factory] = {"digits-cnn": digits_cnn, "mlp": mlp, **RESNETS}
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Draw what a factory draws from ``seed``, and leave the caller's numbers as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def build_model(
@@ -79,6 +90,12 @@ def call_factory(
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"model.name: {name}: expected a torch.nn.Module, got {type(module).__name__}"
+        )
+    lazy = [key for key, tensor in module.state_dict(keep_vars=True).items() if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(
+            f"model.name: {name}: expected layers that know their sizes, got lazy ones "
+            f"({', '.join(lazy[:3])}); say how many inputs they have"
         )
     return module
 

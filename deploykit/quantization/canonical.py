@@ -19,9 +19,11 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
-from deploykit.quantization.layers import is_constant
+from deploykit.errors import CompressionError
+from deploykit.quantization.layers import is_constant, module_of
 from deploykit.quantization.operators import ADDITIONS, LONE_NORM, NORM
-from deploykit.quantization.rules import folds, pooling
+from deploykit.quantization.partial_writes import partial_writes
+from deploykit.quantization.rules import folds, is_float, pooling
 
 aten = torch.ops.aten
 Rewrite = Callable[[GraphModule, Node], Node | None]
@@ -29,8 +31,9 @@ Rewrite = Callable[[GraphModule, Node], Node | None]
 
 def canonicalize(graph: GraphModule) -> GraphModule:
     """Rewrite ``graph`` in place and return it."""
+    left_alone = set(partial_writes(graph.graph))
     for node in list(graph.graph.nodes):
-        rewrite = REWRITES.get(node.target)
+        rewrite = None if node in left_alone else REWRITES.get(node.target)
         replacement = rewrite(graph, node) if rewrite else None
         if replacement is not None:
             node.replace_all_uses_with(replacement)
@@ -45,7 +48,17 @@ def decompose(graph: GraphModule) -> GraphModule:
 
     Activations become products of factors, and a linear layer over more than two axes one over
     two: ONNX Runtime takes in the bias of a matrix product only there.
+
+    Raises:
+        CompressionError: the model writes into a part of a tensor.
     """
+    if writes := partial_writes(graph.graph):
+        module = module_of(writes[0])
+        raise CompressionError(
+            f"quantize: expected values that are made once, got {writes[0].target} on a part of a "
+            f"tensor in {module or 'the model itself'}; write torch.cat or torch.where there",
+            layer=module,
+        )
     for node in list(graph.graph.nodes):
         replacement = None
         if node.target in FACTORS:
@@ -196,20 +209,22 @@ def _sum(graph: GraphModule, node: Node) -> Node | None:
     for layer, bias in ((one, other), (other, one)):
         if not _lacks_bias(layer) or node.kwargs or not _is_constant_of(bias, axes=1):
             continue
-        given, made = bias.meta["val"], layer.meta["val"]
-        if given.dtype == made.dtype and given.shape[0] == made.shape[-1]:
-            return _insert(graph, node, aten.linear.default, (*layer.args, bias))
+        if bias.meta["val"].shape[0] == layer.meta["val"].shape[-1]:
+            whole = _insert(graph, node, aten.linear.default, (*layer.args, bias))
+            whole.meta["nn_module_stack"] = layer.meta.get("nn_module_stack")
+            return whole
     return None
 
 
 def _lacks_bias(node: Any) -> bool:
     """Whether ``node`` is a linear layer without a bias, read once."""
     is_linear = isinstance(node, Node) and node.target is aten.linear.default
-    return is_linear and len(node.args) == 2 and len(node.users) == 1
+    return is_linear and len(node.args) == 2 and len(node.users) == 1 and is_float(node)
 
 
 def _is_constant_of(node: Any, *, axes: int) -> bool:
-    return isinstance(node, Node) and is_constant(node) and node.meta["val"].ndim == axes
+    known = isinstance(node, Node) and is_constant(node) and is_float(node)
+    return known and node.meta["val"].ndim == axes
 
 
 def _norm(_graph: GraphModule, node: Node) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
 with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
     # torchao reports CUDA extensions that it cannot load: no concern of a user's.
@@ -44,6 +45,7 @@ from deploykit.targets import Target
 
 aten = torch.ops.aten
 LEAST_SCALE = 1e-6  # of a BatchNorm, beside 1
+STILL = "statistics that stand still"  # in the meta of a training graph
 TALKERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "torchao")
 
 
@@ -94,6 +96,8 @@ def training_graph(
             graph, training_quantizer(target, exact, keep_float)
         )
     _restore_norm_constants(prepared, norms)
+    owners = {name: module.get_submodule(name) for name in norms}
+    prepared.meta[STILL] = {name for name, one in owners.items() if not isinstance(one, _BatchNorm)}
     return prepared
 
 
@@ -202,16 +206,17 @@ def set_graph_mode(graph: nn.Module, training: bool, frozen: frozenset[str]) -> 
     """Put BatchNorm, dropout and the ranges of an exported graph into the right mode.
 
     The mode of an exported graph is an argument of its nodes; ``train()`` and ``eval()`` do not
-    reach it. ``frozen`` names modules whose BatchNorm stands still while others train. Ranges
-    are learned from training samples only.
+    reach it. ``frozen`` names modules whose BatchNorm stands still while others train, as always
+    does one that a module of the user's own calls. Ranges are learned from training samples only.
     """
     assert isinstance(graph, GraphModule)
+    still = frozen.union(graph.meta.get(STILL, ()))
     _make_on(graph, next(graph.parameters()).device)
     for node in graph.graph.nodes:
         if node.target in DROPOUTS:
             node.update_arg(2, training)
     for norm in _norms(graph):
-        norm.update_arg(5, training and _norm_name(norm) not in frozen)
+        norm.update_arg(5, training and _norm_name(norm) not in still)
     graph.recompile()
     for module in _ranges(graph):
         module.enable_observer(training)  # type: ignore[operator]
@@ -268,7 +273,8 @@ def _lift_zeros(graph: GraphModule) -> None:
     for norm in _norms(graph):
         scale = norm.args[1]
         if isinstance(scale, Node) and scale.op == "get_attr":
-            weight = graph.get_parameter(str(scale.target))
+            owner, _, name = str(scale.target).rpartition(".")
+            weight = getattr(graph.get_submodule(owner), name)  # a parameter or a buffer
             weight.masked_fill_(weight == 0, LEAST_SCALE)
 
 

@@ -84,7 +84,7 @@ def quantized_tensors(
     pending = [*made, *(source for head in tails for source in activations(head))]
     while pending:
         node = pending.pop()
-        if node in roots or not (_is_float(node) or node.target in SPLITS):
+        if node in roots or not (is_float(node) or node.target in SPLITS):
             continue
         roots[node] = source = _passed_on(node, made) or _joined_in(node, tails) or node
         pending.append(source)
@@ -196,7 +196,7 @@ def activations(kernel: Node) -> list[Node]:
     """Return the values that ``kernel`` reads, its weight and bias excepted."""
     if kernel.target in WEIGHTED or kernel.target is LONE_NORM:
         return [kernel.all_input_nodes[0]]
-    return [node for node in kernel.all_input_nodes if _is_float(node)]
+    return [node for node in kernel.all_input_nodes if is_float(node)]
 
 
 def group_tail(head: Node) -> Node:
@@ -244,7 +244,7 @@ def _sole_clip(node: Node) -> Node | None:
 
 def _is_kernel(node: Node) -> bool:
     """Whether ONNX Runtime has a kernel for ``node`` that is worth its conversions."""
-    if node.op != "call_function" or not _is_float(node):
+    if node.op != "call_function" or not is_float(node):
         return False
     if node.target in WEIGHTED:
         return is_weighted(node)
@@ -310,9 +310,10 @@ def moves(node: Node) -> bool:
     return not padding and (node.target in MOVING or node.target in DROPOUTS)
 
 
-def _is_float(node: Node) -> bool:
+def is_float(node: Node) -> bool:
+    """Whether the value of ``node`` is of the floats that integers can stand for."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
 
 def _follow(roots: dict[Node, Node], node: Node) -> Node:
