@@ -48,8 +48,9 @@ demo: $(STAMP) ## train, prune, quantize, export, verify and predict a digit
 	@echo "run:    $(RUN) (open $(RUN)/report.html)"
 	@echo "bundle: $(BUNDLE) (copy it anywhere; python run.py selftest)"
 
+# A process a core; a file stays in one, so that its fixtures are made once.
 test: $(STAMP) ## run every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --dist=loadfile
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check

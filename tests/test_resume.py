@@ -5,6 +5,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ PLANS = {
 }
 
 
+@cache
 def uninterrupted(plan):
     net = tiny_net()
     result = fit(net, tiny_training(plan=plan), stage="train")

@@ -18,6 +18,8 @@ from deploykit.recipe import load_recipe
 DRIVER = """
 import os, signal, sys
 from functools import partial
+import deploykit.latency_model
+import deploykit.measure
 import deploykit.stages
 from deploykit.progress import ConsoleProgress
 
@@ -39,6 +41,8 @@ for name in ("stage_started", "step_done", "message"):
 for name in ("measure_latency", "measure_normalization"):
     quick = partial(getattr(deploykit.stages, name), seconds_per_model=0.05)
     setattr(deploykit.stages, name, quick)
+deploykit.latency_model.SECONDS = 0.05
+deploykit.measure.Latency.decided = 1.0
 from deploykit.cli import main
 main()
 """

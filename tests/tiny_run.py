@@ -55,6 +55,7 @@ def measure_quickly(patch: pytest.MonkeyPatch) -> None:
     """Let every stage be measured in no time."""
     for name, measure in QUICK.items():
         patch.setattr(f"deploykit.stages.{name}", measure)
+    patch.setattr("deploykit.stages.peak_memory_bytes", lambda *_: 2**20)  # starts a process
     patch.setattr("deploykit.latency_model.SECONDS", 0.05)
 
 
