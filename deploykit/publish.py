@@ -85,23 +85,21 @@ def refuse_existing(destination: Path, force: bool) -> None:
             raise UsageError(
                 f"{destination}: exists already; choose another place, or replace it with --force"
             )
-        foreign = None if destination.is_symlink() else _foreign_entry(destination)
-        if foreign != "":
-            found = f"something else in it, {foreign}" if foreign else "something else"
+        if found := _foreign(destination):
             raise UsageError(
                 f"{destination}: expected a folder that deploykit made, found {found}; choose "
                 "another place or remove it yourself"
             )
 
 
-def _foreign_entry(folder: Path) -> str | None:
-    """Return what shows that deploykit did not make a folder; "" if it did, None if none is."""
-    if not folder.is_dir():
-        return None
-    names = sorted(entry.name for entry in folder.iterdir())
-    known = next((one for one in OUR_FOLDERS.items() if set(one[0]) <= set(names)), ((), ()))
-    patterns = (*known[0], *known[1], *LEFT_OVER)
-    return next((name for name in names if not _fits(name, patterns)), "")
+def _foreign(destination: Path) -> str:
+    """Say what shows that deploykit did not make a folder; nothing if it did."""
+    if destination.is_symlink() or not destination.is_dir():
+        return "something else"
+    names = sorted(entry.name for entry in destination.iterdir())
+    kinds = (always + others for always, others in OUR_FOLDERS.items() if set(always) <= set(names))
+    ours = (*next(kinds, ()), *LEFT_OVER)
+    return next((f"something else in it, {name}" for name in names if not _fits(name, ours)), "")
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -169,8 +169,8 @@ def _check_answer(candidate: Candidate, example: Tensor, classes: int) -> None:
             )
         if answer.dtype != torch.float32:
             raise ModelError(
-                f"model: {name}: expected logits of float32, got {str(answer.dtype)[6:]}; end "
-                "the forward pass with .float()"
+                f"model: {name}: expected logits of float32, got "
+                f"{str(answer.dtype).removeprefix('torch.')}; end the forward pass with .float()"
             )
 
 
@@ -186,8 +186,10 @@ def _check_trace(candidate: Candidate, dataset: Dataset) -> None:
     inputs = normalize(torch.from_numpy(dataset.train.load(rows)), preprocess)
     with torch.no_grad(), evaluating(candidate.module) as module:
         expected, found = module(inputs), graph(inputs)
-    apart, largest = float((expected - found).abs().max()), float(expected.abs().max())
-    if apart > SAME * max(largest, 1):
+    largest = float(expected.nan_to_num(posinf=0, neginf=0).abs().max())
+    margin = SAME * max(largest, 1)
+    if not torch.allclose(found, expected, rtol=0, atol=margin, equal_nan=True):
+        apart = float((found - expected).abs().max())
         raise ModelError(
             f"model: {candidate.structure['model']['name']}: expected torch.export's trace to "
             f"answer as the model does, got logits that differ by {apart:.2g}; let forward draw "

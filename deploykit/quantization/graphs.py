@@ -38,6 +38,7 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
 
 from deploykit.errors import CompressionError, ModelError
 from deploykit.quantization.canonical import canonicalize, decompose
+from deploykit.quantization.layers import tensor_of
 from deploykit.quantization.operators import DROPOUTS, LONE_NORM, NORM
 from deploykit.quantization.rules import Parameters, align, quantized_tensors
 from deploykit.quantization.spellings import spell_integers
@@ -273,8 +274,7 @@ def _lift_zeros(graph: GraphModule) -> None:
     for norm in _norms(graph):
         scale = norm.args[1]
         if isinstance(scale, Node) and scale.op == "get_attr":
-            owner, _, name = str(scale.target).rpartition(".")
-            weight = getattr(graph.get_submodule(owner), name)  # a parameter or a buffer
+            weight = tensor_of(graph, scale)
             weight.masked_fill_(weight == 0, LEAST_SCALE)
 
 

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
-from torch.fx import Graph, Node
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 from deploykit.errors import CompressionError
 from deploykit.quantization.operators import CONSTANT_FACTORS, RECURRENT, WEIGHTED
@@ -73,6 +74,13 @@ def is_constant(node: Node) -> bool:
     """Whether the value of ``node`` is known before any input is."""
     sources = node.all_input_nodes
     return node.op == "get_attr" or (bool(sources) and all(map(is_constant, sources)))
+
+
+def tensor_of(graph: GraphModule, node: Node) -> Tensor:
+    """Return the parameter or buffer that ``node`` reads, apart from its history."""
+    owner, _, name = str(node.target).rpartition(".")
+    tensor: Tensor = getattr(graph.get_submodule(owner), name)
+    return tensor.detach()
 
 
 def _has_weights(node: Node) -> bool:

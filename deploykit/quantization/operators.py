@@ -19,8 +19,6 @@ WEIGHTED = frozenset(
 )
 # Layers that stay as they are, and where their weight stands.
 CONSTANT_FACTORS = {
-    aten.conv1d.padding: 1,
-    aten.conv2d.padding: 1,
     aten.conv3d.default: 1,
     aten.conv3d.padding: 1,
     aten.conv_transpose3d.input: 1,

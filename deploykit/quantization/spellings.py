@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from deploykit.quantization.layers import tensor_of
 from deploykit.quantization.operators import (
     CLIPPING,
     HARD_SIGMOIDS,
@@ -120,7 +121,7 @@ def _scale(graph: GraphModule, node: Node) -> Node | None:
     if not is_scaling(node) or not _requantized(node):
         return None
     gain, shift, mean, variance = (
-        None if one is None else _constant(graph, one) for one in arguments(node)[1:5]
+        None if one is None else tensor_of(graph, one) for one in arguments(node)[1:5]
     )
     assert mean is not None
     assert variance is not None
@@ -154,12 +155,6 @@ def _convolve(
 def _store(graph: GraphModule, name: str, value: Tensor) -> Node:
     graph.register_buffer(name, value.detach())
     return graph.graph.get_attr(name)
-
-
-def _constant(graph: GraphModule, node: Node) -> Tensor:
-    owner, _, name = str(node.target).rpartition(".")
-    value: Tensor = getattr(graph.get_submodule(owner), name)
-    return value.detach()
 
 
 def _stays(node: Node) -> bool:
