@@ -112,8 +112,36 @@ def test_batch_norm_keeps_its_own_momentum_and_epsilon(graph):
 
 
 def test_the_library_alone_loses_them(monkeypatch):
-    monkeypatch.setattr(graphs, "_restore_norm_constants", lambda graph, norms: None)
+    monkeypatch.setattr(graphs, "restore_constants", lambda graph, norms: None)
     assert constants(training_graph(settled(plain()), EXAMPLE, TARGET, {}))[0][0] != (0.3, 0.1)
+
+
+def divided(graph):
+    """Return the shapes of what each folded scale is divided out of."""
+    found = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is aten.div.Tensor and args[0].dim() == 4:
+                found.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        graph(batch())
+    return found
+
+
+def test_the_folded_scale_leaves_through_the_weight_and_changes_no_answer(monkeypatch):
+    mended = training_graph(settled(plain()), EXAMPLE, TARGET, {})
+    monkeypatch.setattr(graphs, "divide_weights", lambda graph: None)
+    alone = training_graph(settled(plain()), EXAMPLE, TARGET, {})
+    for graph in (mended, alone):
+        set_graph_mode(graph, True, NOTHING)
+    assert divided(mended) == [(8, CHANNELS, 3, 3), (8, 8, 3, 3)]
+    assert divided(alone) == [(32, 8, SIDE, SIDE)] * 2
+    # A sum here and there rounds the other way.
+    equal = torch.isclose(mended(batch()), alone(batch()), atol=1e-5)
+    assert equal.float().mean() > 0.95
 
 
 def test_statistics_move_as_the_float_modules_do():
@@ -289,8 +317,9 @@ def test_tiny_data_are_enough_for_these_tests():
 
 
 def weights(graph):
-    """Return what makes the weight of each layer, in graph order."""
-    return [kernel.args[1] for kernel in kernels(graph.graph)]
+    """Return what rounds the weight of each layer, in graph order."""
+    made = [kernel.args[1] for kernel in kernels(graph.graph)]
+    return [node.args[0] if node.target is aten.div.Tensor else node for node in made]
 
 
 def to_integers(net, graph):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
@@ -38,14 +38,20 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
 
 from deploykit.errors import CompressionError, ModelError
 from deploykit.quantization.canonical import canonicalize, decompose
-from deploykit.quantization.layers import tensor_of
-from deploykit.quantization.operators import DROPOUTS, LONE_NORM, NORM
+from deploykit.quantization.norms import (
+    batch_norms,
+    divide_weights,
+    lift_zeros,
+    norm_constants,
+    norm_name,
+    restore_constants,
+)
+from deploykit.quantization.operators import DROPOUTS
 from deploykit.quantization.rules import Parameters, align, quantized_tensors
 from deploykit.quantization.spellings import spell_integers
 from deploykit.targets import Target
 
 aten = torch.ops.aten
-LEAST_SCALE = 1e-6  # of a BatchNorm, beside 1
 STILL = "statistics that stand still"  # in the meta of a training graph
 TALKERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx", "torchao")
 
@@ -90,13 +96,14 @@ def training_graph(
     weight before that is quantized (Jacob et al. 2018, section 3.2).
     """
     graph = decompose(trace(module, example))
-    _lift_zeros(graph)
-    norms = {_norm_name(node): _norm_constants(module, node) for node in _norms(graph)}
+    lift_zeros(graph)
+    norms = {norm_name(node): norm_constants(module, node) for node in batch_norms(graph)}
     with quiet():
         prepared: GraphModule = prepare_qat_pt2e(
             graph, training_quantizer(target, exact, keep_float)
         )
-    _restore_norm_constants(prepared, norms)
+    restore_constants(prepared, norms)
+    divide_weights(prepared)
     owners = {name: module.get_submodule(name) for name in norms}
     prepared.meta[STILL] = {name for name, one in owners.items() if not isinstance(one, _BatchNorm)}
     return prepared
@@ -216,8 +223,8 @@ def set_graph_mode(graph: nn.Module, training: bool, frozen: frozenset[str]) -> 
     for node in graph.graph.nodes:
         if node.target in DROPOUTS:
             node.update_arg(2, training)
-    for norm in _norms(graph):
-        norm.update_arg(5, training and _norm_name(norm) not in still)
+    for norm in batch_norms(graph):
+        norm.update_arg(5, training and norm_name(norm) not in still)
     graph.recompile()
     for module in _ranges(graph):
         module.enable_observer(training)  # type: ignore[operator]
@@ -235,7 +242,7 @@ def _make_on(graph: GraphModule, device: torch.device) -> None:
 def freeze_statistics(graph: nn.Module) -> None:
     """Let BatchNorm statistics and ranges stand still until the next `set_graph_mode`."""
     assert isinstance(graph, GraphModule)
-    for norm in _norms(graph):
+    for norm in batch_norms(graph):
         norm.update_arg(5, False)
     graph.recompile()
     for module in _ranges(graph):
@@ -244,57 +251,6 @@ def freeze_statistics(graph: nn.Module) -> None:
 
 def _ranges(graph: GraphModule) -> Iterator[nn.Module]:
     return (module for module in graph.modules() if hasattr(module, "tensor_key"))
-
-
-def _norms(graph: GraphModule) -> Iterator[Node]:
-    """Yield the BatchNorms that have running statistics; others always take the batch's."""
-    return (
-        node
-        for node in graph.graph.nodes
-        if node.target in {NORM, LONE_NORM} and isinstance(node.args[3], Node)
-    )
-
-
-def _norm_name(norm: Node) -> str:
-    mean = norm.args[3]
-    assert isinstance(mean, Node)
-    return str(mean.target).rpartition(".")[0]
-
-
-def _norm_constants(module: nn.Module, norm: Node) -> tuple[Any, ...]:
-    """Return momentum and epsilon; the default where there is no momentum: no graph can count."""
-    owner = module.get_submodule(_norm_name(norm))
-    cumulative = getattr(owner, "momentum", 0.1) is None
-    return (0.1 if cumulative else norm.args[6]), norm.args[7]
-
-
-@torch.no_grad()
-def _lift_zeros(graph: GraphModule) -> None:
-    """Let no BatchNorm scale by exactly zero: the folded scale is divided out again."""
-    for norm in _norms(graph):
-        scale = norm.args[1]
-        if isinstance(scale, Node) and scale.op == "get_attr":
-            weight = tensor_of(graph, scale)
-            weight.masked_fill_(weight == 0, LEAST_SCALE)
-
-
-def _restore_norm_constants(graph: GraphModule, norms: Mapping[str, tuple[Any, ...]]) -> None:
-    """Give every BatchNorm its own momentum and epsilon back.
-
-    torchao's fusion of convolution and BatchNorm writes the defaults into every one:
-    https://github.com/pytorch/ao (qat_utils, "TODO: allow setting eps").
-    """
-    for node in _norms(graph):
-        momentum, epsilon = norms[_norm_name(node)]
-        node.update_arg(6, momentum)
-        node.update_arg(7, epsilon)
-        variance = node.args[4]
-        assert isinstance(variance, Node)
-        # update_arg takes the user out of the users and puts it back.
-        for user in list(variance.users):
-            if user.target is aten.add.Tensor:
-                user.update_arg(1, epsilon)
-    graph.recompile()
 
 
 @contextlib.contextmanager
