@@ -32,12 +32,23 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
         inputs: at least one sample each, ``(N, ...)``; the first one is used.
     """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+
+    from deploykit.models.attention import plain_attention
 
     # By attribute: exported graphs refuse .eval().
     module = copy.deepcopy(module)
     for part in module.modules():
         part.training = False
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter follows modules by gradient hooks, which no view of a parameter may meet.
+    module.requires_grad_(False)
+    # It knows no fused attention of CPUs.
+    with (
+        plain_attention(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
         module(*(tensor[:1] for tensor in inputs))
     return int(counter.get_total_flops()) // 2

@@ -120,3 +120,8 @@ class Interrupted(DeploykitError):
         super().__init__(message)
         self.signal = signals.Signals(signal)
         self.exit_code = 128 + signal
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of another library says first, to be part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

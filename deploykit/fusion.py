@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import JsonDict, OnnxModel
-from deploykit.errors import ModelError
+from deploykit.errors import ModelError, first_line
 
 INTEGER_LAYERS = frozenset(
     {
@@ -188,8 +188,7 @@ def optimize(written: Any, path: Path, threads: int) -> Any:
                 written.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises a dozen types of its own
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"{path}: ONNX Runtime cannot open it: {reason}") from error
+            raise ModelError(f"{path}: ONNX Runtime cannot open it: {first_line(error)}") from error
         return onnx.load(optimized)
 
 

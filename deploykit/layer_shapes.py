@@ -106,8 +106,10 @@ def _note_shapes(module: nn.Module, example: Tensor) -> dict[str, list[LayerShap
     shapes: dict[str, list[LayerShape]] = {}
 
     def note(name: str) -> Any:
-        def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            rows, *read = inputs[0].shape
+        def hook(
+            layer: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _output: Tensor
+        ) -> None:
+            rows, *read = (inputs[0] if inputs else named["input"]).shape
             # Windows or frames may stand in the first axis beside the samples.
             shape = replace(_shape(layer, tuple(read)), calls=rows / len(example))
             shapes.setdefault(name, []).append(shape)
@@ -115,7 +117,8 @@ def _note_shapes(module: nn.Module, example: Tensor) -> dict[str, list[LayerShap
         return hook
 
     hooks = [
-        module.get_submodule(name).register_forward_hook(note(name)) for name in layers_of(module)
+        module.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+        for name in layers_of(module)
     ]
     try:
         with torch.no_grad(), evaluating(module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deploykit.artifacts import Candidate, JsonDict, Signature, TensorSpec
 from deploykit.data import Dataset
 from deploykit.data.pixels import normalize
-from deploykit.errors import MissingDependency, ModelError, RecipeError
+from deploykit.errors import MissingDependency, ModelError, RecipeError, first_line
 from deploykit.held_weights import check_protected
 from deploykit.models.build import build_model, drawing
 from deploykit.models.modes import evaluating
@@ -43,10 +43,21 @@ def initial_candidate(recipe: Recipe, dataset: Dataset, module: nn.Module | None
     Raises:
         ModelError: a later stage could not use the model; said now, not after the training.
     """
-    module = _build(recipe.model, recipe, dataset) if module is None else copy.deepcopy(module)
+    module = _build(recipe.model, recipe, dataset) if module is None else _copied(module)
     candidate = _folded(_plain(recipe.model, module, recipe, dataset), stage="train")
     _check_stages(recipe, dataset, candidate)
     return candidate
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise ModelError(
+            f"model: expected a module that can be copied, got {first_line(error)}; let it hold "
+            "parameters and buffers only, no tensors computed from them: weight_norm and "
+            "spectral_norm of torch.nn.utils.parametrizations, not those of torch.nn.utils"
+        ) from error
 
 
 def student_candidate(recipe: Recipe, dataset: Dataset) -> Candidate | None:

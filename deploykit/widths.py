@@ -33,9 +33,10 @@ def read_widths(module: nn.Module) -> dict[str, dict[str, int | list[int]]]:
     """
     found = {}
     for name, part in module.named_modules():
-        found[name] = _widths(part)
         if can_replace(part):  # it reads as what stands for it once heads are gone
-            found[f"{name}.in_proj"] = _widths(HeadAttention(part).in_proj)
+            part = HeadAttention(part)
+            found[f"{name}.in_proj"] = _widths(part.in_proj)
+        found[name] = _widths(part)
     return {name: widths for name, widths in found.items() if widths}
 
 
@@ -67,16 +68,19 @@ def set_widths(module: nn.Module, widths: Widths) -> None:
     replace_attention(
         module, [name.removesuffix(".in_proj") for name in widths if name.endswith(".in_proj")]
     )
+    resized: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
     for name, attributes in widths.items():
         layer = module.get_submodule(name)
+        own: dict[str, tuple[int, ...]] = {}
         for key, value in attributes.items():
             old = getattr(layer, key)
-            if isinstance(old, Tensor):
-                _resize(layer, key, tuple(value) if isinstance(value, list) else (value,))
+            shape = tuple(value) if isinstance(value, list) else None
+            if shape is not None and isinstance(old, Tensor):
+                own[key] = shape
             else:
-                setattr(layer, key, tuple(value) if isinstance(value, list) else value)
-        for key, shape in _shapes(layer).items():
-            _resize(layer, key, shape)
+                setattr(layer, key, value if shape is None else shape)
+        for key, shape in {**_shapes(layer), **own}.items():
+            _resize(layer, key, shape, resized)
 
 
 def match_tensors(layer: nn.Module) -> None:
@@ -116,20 +120,19 @@ def _widths(layer: nn.Module) -> dict[str, int | list[int]]:
         | nn.GroupNorm
         | nn.Embedding
     )
-    if isinstance(layer, kinds):
-        found = {key: getattr(layer, key) for key in ATTRIBUTES if hasattr(layer, key)}
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
-    if can_replace(layer):
-        return {"num_heads": layer.num_heads, "head_dim": layer.head_dim}
-    custom = is_custom(layer)
-    counts: dict[str, int | list[int]] = {
-        key: value for key, value in vars(layer).items() if custom and is_count(key, value)
-    }
-    shape = vars(layer).get("normalized_shape")
-    if custom and isinstance(shape, tuple) and all(type(size) is int for size in shape):
-        counts["normalized_shape"] = list(shape)  # a LayerNorm of the model's own
+    keys = [key for key in ATTRIBUTES if isinstance(layer, kinds) and hasattr(layer, key)]
+    values = {key: getattr(layer, key) for key in keys}
+    if is_custom(layer):
+        values |= {key: value for key, value in vars(layer).items() if is_count(key, value)}
+        shape = vars(layer).get("normalized_shape")
+        if isinstance(shape, tuple) and all(type(size) is int for size in shape):
+            values["normalized_shape"] = shape  # a LayerNorm of the model's own
+    implied = _shapes(layer)
     tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-    return {**counts, **{key: list(tensor.shape) for key, tensor in tensors}}
+    for key, tensor in tensors:
+        if implied.get(key, ()) != tuple(tensor.shape):
+            values[key] = tuple(tensor.shape)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def is_count(key: str, value: object) -> bool:
@@ -162,12 +165,18 @@ def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     return {}
 
 
-def _resize(layer: nn.Module, key: str, shape: tuple[int, ...]) -> None:
+def _resize(
+    layer: nn.Module,
+    key: str,
+    shape: tuple[int, ...],
+    resized: dict[tuple[Tensor, tuple[int, ...]], Tensor],
+) -> None:
+    """Give a layer zeros of another shape; layers that shared a tensor share its new one."""
     old = getattr(layer, key, None)
     if old is None or tuple(old.shape) == shape:
         return
-    new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-    if isinstance(old, nn.Parameter):
-        setattr(layer, key, nn.Parameter(new, requires_grad=old.requires_grad))
-    else:
-        setattr(layer, key, new)
+    if (old, shape) not in resized:
+        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        learned = isinstance(old, nn.Parameter)
+        resized[old, shape] = nn.Parameter(new, old.requires_grad) if learned else new
+    setattr(layer, key, resized[old, shape])

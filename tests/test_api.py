@@ -209,6 +209,14 @@ class Wide(Net):
         return super().forward(x).double()
 
 
+class Computed(Net):
+    """Holds a tensor computed from its parameters, as the old weight_norm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubled = 2 * next(self.parameters())
+
+
 class Drawing(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + torch.rand(3)
@@ -219,6 +227,7 @@ class Drawing(Net):
     [
         (Squeezing(), r"expected logits \(1, 3\), one a class, got \(3,\)"),
         (Wide(), "expected logits of float32, got float64"),
+        (Computed(), "a module that can be copied"),
         (Drawing(), "trace to answer as the model does"),
         (Net(classes=5), r"expected logits \(2, 3\), one a class, got \(2, 5\)"),
         (nn.Linear(3, 3), "expected a forward pass"),

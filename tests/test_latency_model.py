@@ -138,3 +138,16 @@ def test_what_a_sample_goes_through_several_times_is_counted_so():
     assert (shapes["qkv"].size, shapes["qkv"].calls) == ((4,), 36)
     assert shapes["conv"].size == (12, 12)
     assert sum(shape.macs for shape in shapes.values()) == count_macs(Windows(), example)
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.fc(input=x.mean((1, 2)))
+
+
+def test_layers_that_are_called_by_keyword_are_seen():
+    assert layer_shapes(Keyword(), torch.randn(2, 3, 12, 12))["fc"].outputs == 5

@@ -365,6 +365,31 @@ def test_macs_are_counted_by_hand(network):
     assert count_macs(network, torch.zeros(2, 3, 4, 4)) == 3 * 9 * 8 * 16 + 8 * 16 * 10
 
 
+class Query(nn.Module):
+    """Attends with a query of its own: a view of a parameter goes into a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.project = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.project(self.query.expand(len(x), -1, -1)) @ x.transpose(1, 2)
+
+
+def test_macs_are_counted_where_a_module_reads_a_view_of_a_parameter():
+    assert count_macs(Query(), torch.zeros(2, 6, 4)) == 4 * 4 + 4 * 6
+
+
+def test_macs_of_attention_that_torch_computes_by_one_operator_are_counted():
+    tokens, width, inner = 6, 16, 32
+    layer = nn.TransformerEncoderLayer(width, 4, inner, batch_first=True)
+    projections, products = 4 * tokens * width**2, 2 * tokens**2 * width
+    assert (
+        count_macs(nn.TransformerEncoder(layer, 2), torch.zeros(2, tokens, width))
+        == 2 * (projections + products + 2 * tokens * width * inner)
+    )  # fmt: skip
+
+
 def test_counting_macs_leaves_the_module_alone(network):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     count_macs(network, torch.randn(1, 3, 4, 4))

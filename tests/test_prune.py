@@ -366,3 +366,29 @@ def test_divided_channels_go_in_equal_parts():
     group = Prunable("a", "a", torch.tensor([1.0, 9.0, 8.0, 1.0, 9.0, 9.0]), 2, 6)
     chosen = select_channels([group], channel_ratio=0.4, scope="global", channel_multiple=1)
     assert chosen == {"a": [0, 3]}
+
+
+class TrainsMore(Net):
+    """Adds what a part of its own makes of the second layer, in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.norm(self.first(x)))
+        x = self.second(x).mean((2, 3))
+        return self.head(x) + self.aside(x) if self.training else self.head(x)
+
+
+def test_channels_that_only_training_reads_elsewhere_stay_and_the_rest_goes_on():
+    pruned, notes = prune(TrainsMore())
+    assert notes.widths == {"first": (16, 8)}
+    assert notes.left_alone["second"].startswith("the pruned model does not run")
+    assert pruned.train()(IMAGE).shape == (2, 5)
+
+
+def test_parameters_that_hold_whole_numbers_are_no_hindrance():
+    module = Net(between=lambda x: x[:, :, module.rows])
+    module.rows = nn.Parameter(torch.arange(4), requires_grad=False)
+    assert prune(module)[1].widths.keys() == {"first", "second"}

@@ -98,3 +98,36 @@ def test_block_that_wants_arguments_by_name_stays():
             return self.inner(x, times=1)
 
     assert "2.inner" not in removable_blocks(net(Calls()), IMAGE)
+
+
+class Held(nn.Module):
+    """Blocks that the forward pass reaches through what ``hold`` makes of them."""
+
+    def __init__(self, hold):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = Block(lambda x: x), Block(lambda x: x)
+        self.blocks = hold([self.one, self.two])
+
+    def forward(self, x):
+        x = x.relu()
+        for block in self.blocks:
+            x = block(x)
+        return x.flatten(1)
+
+
+def test_block_that_would_still_run_from_a_list_stays():
+    assert removable_blocks(Held(list), IMAGE) == ()
+
+
+def test_block_of_two_names_goes_from_both():
+    module = Held(nn.ModuleList).eval()
+    assert removable_blocks(module, IMAGE) == ("one", "two")
+    remove_blocks(module, ["one", "two"])
+    assert torch.equal(module(IMAGE), IMAGE.relu().flatten(1))
+
+
+def test_block_whose_layer_others_use_too_stays():
+    first, second = Block(lambda x: x), Block(lambda x: x)
+    second.second = first.second
+    assert removable_blocks(net(first, second, Block(lambda x: x)), IMAGE) == ("4",)

@@ -7,8 +7,8 @@ import torch
 from tiny_layers import FAMILIES, TorchAttention, Vision
 from torch import nn
 
-from deploykit.prune import landscape
-from deploykit.prune.bounded import carry_out
+from deploykit.prune import groups, landscape
+from deploykit.prune.bounded import carry_out, prune_to_bound
 from deploykit.prune.cost import MacsCost
 from deploykit.prune.graph import LAYERS
 from deploykit.prune.landscape import Rules, explore, survey, widths_below
@@ -112,3 +112,37 @@ def test_widths_of_a_stream_are_kept_where_the_block_goes_that_names_it():
     plan = Plan({stream: 8}, ("blocks.0",), 0.0, 0.0, holds=True)
     smaller, _ = carry_out(module, IMAGE, plan, found, RULES)
     assert smaller.stem.out_channels == 8
+
+
+class Parity(nn.Module):
+    """A layer whose channels hang together by twos in a way that no rule sees."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.last, self.head = nn.Conv2d(16, 12, 3, padding=1), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = torch.cat([x[:, ::2], x[:, 1::2]], 1)
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+def first_half(group, channel_multiple):
+    return sorted(group.units[: len(group.units) // 2].flatten().tolist())
+
+
+@pytest.mark.parametrize("times", [1.3, 2.2])
+def test_group_whose_channels_cannot_go_as_chosen_is_left_out_of_the_plan(times, monkeypatch):
+    module = Parity().eval()
+    # The trial draws channels that happen to fit, those that a plan chooses do not.
+    monkeypatch.setattr(groups, "_trial_channels", first_half)
+    cost = MacsCost.of(module, IMAGE)
+    found = survey(module, IMAGE, [IMAGE], RULES)
+    assert set(found.groups) == {"stem", "last"}
+    bound = cost.measure(module) / times
+    shrunk = prune_to_bound(module, IMAGE, found, cost=cost, bound=bound, rules=RULES)
+    assert bound / 1.5 < shrunk.measured <= bound
+    assert shrunk.notes.widths.keys() == {"last"}
+    assert "setting them to zero" in shrunk.notes.left_alone["stem"]

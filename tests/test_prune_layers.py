@@ -420,3 +420,47 @@ def test_scores_of_a_head_are_those_of_all_its_channels():
     rows = [*range(4, 12), *range(20, 28), *range(36, 44)]
     assert torch.equal(pruned.attention.qkv.weight, module.attention.qkv.weight[rows])
     assert math.prod(pruned.attention.table.shape) == 18
+
+
+def tied():
+    module = Between(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    module.between[2].weight = module.between[0].weight
+    return module
+
+
+def test_layers_of_one_weight_share_it_when_they_are_rebuilt():
+    module = make(tied)
+    pruned, notes = prune(module)
+    assert "between.0" in notes.widths
+    between = rebuilt(tied, module, pruned).between
+    assert between[0].weight is between[2].weight
+
+
+class Gain(nn.Conv2d):
+    """A layer of torch's with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__(16, 24, 3)
+        self.gain = nn.Parameter(torch.rand(24, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def test_layer_of_torchs_with_a_parameter_of_its_own_is_rebuilt_bit_equal():
+    def build():
+        return Between(Gain(), readers=24)
+
+    module = make(build)
+    pruned, notes = prune(module)
+    assert notes.widths["between.0"] == (24, 12)
+    assert torch.equal(answers(rebuilt(build, module, pruned), IMAGE), answers(pruned, IMAGE))
+
+
+def test_module_that_asks_attention_for_its_features_is_pruned():
+    class Scaled(TorchAttention):
+        def forward(self, x):
+            return super().forward(x * self.inner.embed_dim**0.5)
+
+    _, notes = prune(make(lambda: Vision(Scaled)))
+    assert "up" in notes.widths

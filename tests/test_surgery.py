@@ -116,6 +116,18 @@ def test_activations_are_known_by_what_they_compute(gated):
     assert find_activations(nn.Sequential(nn.ReLU(), nn.GELU(), nn.Sigmoid(), nn.Flatten())) == []
 
 
+def test_gate_that_looks_at_other_channels_is_no_activation():
+    class SpatialGate(nn.Module):
+        def forward(self, x):
+            return x * x.mean(1, keepdim=True).sigmoid()
+
+    class BatchGate(nn.Module):
+        def forward(self, x):
+            return x * x.mean(0, keepdim=True).sigmoid()
+
+    assert find_activations(nn.Sequential(SpatialGate(), BatchGate(), nn.SiLU())) == ["2"]
+
+
 def test_one_activation_in_two_places_is_found_in_both():
     shared = nn.SiLU()
     assert find_activations(nn.Sequential(shared, nn.ReLU(), shared)) == ["0", "2"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from deploykit.data.sources import require_file
 from deploykit.data.table import Encoded, Table, concatenate, refuse_rows, rows_of
-from deploykit.errors import DataError
+from deploykit.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +53,7 @@ def _read_file(name: str, path: Path, image_column: str, label_column: str) -> T
             table = file.read(columns=[image_column, label_column])
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{name}: expected a parquet file, got one that cannot be read ({_first_line(error)})"
+            f"{name}: expected a parquet file, got one that cannot be read ({first_line(error)})"
         ) from error
     return Table(
         name,
@@ -62,10 +62,6 @@ def _read_file(name: str, path: Path, image_column: str, label_column: str) -> T
         rows_of(name),
         _class_names(name, schema, label_column),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _read_labels(name: str, column: str, values: pa.ChunkedArray) -> np.ndarray | tuple[str, ...]:

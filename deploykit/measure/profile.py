@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.artifacts import OnnxModel
-from deploykit.errors import ModelError
+from deploykit.errors import ModelError, first_line
 from deploykit.measure.session import example_feed
 
 WARM_UP_RUNS = 3
@@ -68,8 +68,7 @@ class Profiler:
             )
         except Exception as error:  # onnxruntime raises a dozen types of its own
             self._folder.cleanup()
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"ONNX Runtime cannot open the model: {reason}") from error
+            raise ModelError(f"ONNX Runtime cannot open the model: {first_line(error)}") from error
 
     @classmethod
     def of(cls, model: OnnxModel, *, threads: int, batch_size: int = 1) -> Profiler:

@@ -29,6 +29,7 @@ class HeadAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.num_heads: int = attention.num_heads
+        self.embed_dim = self.kdim = self.vdim = attention.embed_dim
         self.head_dim = attention.embed_dim // attention.num_heads
         self.scale = self.head_dim**-0.5
         self.batch_first = attention.batch_first
@@ -126,6 +127,17 @@ def splitting_attention(module: nn.Module) -> Iterator[None]:
             same = now.in_proj.weight is whole.in_proj_weight
             if same and now.out_proj.weight is whole.out_proj.weight:
                 module.set_submodule(name, attention)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let torch compute attention by single operators, not by one that hides them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def can_replace(part: nn.Module) -> TypeGuard[nn.MultiheadAttention]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploykit.depth import remove_blocks
+from deploykit.depth import aliases, remove_blocks
+from deploykit.layer_shapes import is_inside
 from deploykit.models.modes import evaluating
 
 TOLERANCE = 1e-5  # relative; a block that passes its input on does so to rounding
@@ -101,9 +102,14 @@ def _silenced(block: nn.Module) -> nn.Module:
 
 def _can_go(module: nn.Module, name: str, example: Tensor) -> bool:
     """Whether the model answers the same without the block as with the block made silent."""
+    if _shares(module, name):
+        return False
     silent, without = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
-    parent, _, attribute = name.rpartition(".")
-    setattr(silent.get_submodule(parent), attribute, _silenced(silent.get_submodule(name)))
+    silenced = _silenced(silent.get_submodule(name))
+    for alias in aliases(silent, name):
+        silent.set_submodule(alias, silenced)
+    # A model may hold it where no name leads to, as in a list: there it would still run.
+    without.get_submodule(name).register_forward_pre_hook(_refuse)
     remove_blocks(without, [name])
     with torch.no_grad():
         try:
@@ -112,3 +118,17 @@ def _can_go(module: nn.Module, name: str, example: Tensor) -> bool:
             return False
     largest = expected.abs().max().clamp(min=1e-6)
     return expected.shape == got.shape and bool((expected - got).abs().max() <= 1e-4 * largest)
+
+
+def _shares(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of the block is another's too, which needs it when the block is gone."""
+    inside = {id(parameter) for parameter in module.get_submodule(name).parameters()}
+    names = aliases(module, name)
+    return any(
+        id(parameter) in inside and not is_inside(other, names)
+        for other, parameter in module.named_parameters(remove_duplicate=False)
+    )
+
+
+def _refuse(*_: object) -> None:
+    raise RuntimeError("the block still runs")

@@ -68,13 +68,20 @@ def prune_to_bound(
         CompressionError: nothing that may be done holds the bound; names the least that can be
             reached.
     """
-    aim = bound
-    for _ in range(TRIES):
+    aim, tries = bound, TRIES
+    whole: dict[str, str] = {}
+    while tries:
         plan = _choose(landscape, cost, aim, removed)
         smaller, notes = carry_out(module, example, plan, landscape, rules)
+        if refused := _refused(plan, landscape, notes):
+            whole |= {landscape.groups[root].label: why for root, why in refused.items()}
+            landscape = landscape.without(refused)
+            continue
+        tries -= 1
         gone = (*removed, *plan.removed)
         measured = cost.measure(smaller, gone)
         if measured <= bound * MISSED:
+            notes = replace(notes, left_alone={**notes.left_alone, **whole})
             return Shrunk(smaller, notes, gone, plan.cost, measured, bound)
         if not plan.holds:
             break
@@ -83,6 +90,15 @@ def prune_to_bound(
         f"prune: expected a model of at most {bound:.4g}, got {measured:.4g} with all that may be "
         "narrowed or removed; ask for less, allow prune.depth, or protect fewer modules"
     )
+
+
+def _refused(plan: Plan, landscape: Landscape, notes: PruneNotes) -> dict[str, str]:
+    """Say which groups of a plan kept all channels, and why: those chosen cannot go."""
+    return {
+        root: notes.left_alone.get(landscape.groups[root].label, "its channels cannot go as chosen")
+        for root in plan.channels
+        if not landscape.makers(root) & notes.widths.keys()
+    }
 
 
 def _choose(landscape: Landscape, cost: Cost, bound: float, removed: Sequence[str]) -> Plan:

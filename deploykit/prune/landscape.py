@@ -87,6 +87,12 @@ class Landscape:
                     widths[member.layer][key] -= units * count
         return widths
 
+    def without(self, roots: Collection[str]) -> Landscape:
+        """Return the landscape in which these groups keep their channels."""
+        losses = {root: found for root, found in self.losses.items() if root not in roots}
+        groups = {root: group for root, group in self.groups.items() if root not in roots}
+        return replace(self, groups=groups, losses=losses)
+
     def makers(self, root: str) -> set[str]:
         """Return the layers whose outputs the group holds."""
         return {one.layer for one in self.members[root] if OUTPUTS.intersection(one.lost)}

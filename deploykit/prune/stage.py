@@ -207,7 +207,9 @@ def loss_gradients(module: nn.Module, training: Training) -> dict[str, Tensor]:
     split = training.dataset.train
     generator = np.random.default_rng(stable_seed(training.seed, "prune", "taylor"))
     chosen = generator.permutation(len(split))[:TAYLOR_SAMPLES]
-    copied = copy.deepcopy(module).cpu().eval().requires_grad_(True)
+    copied = copy.deepcopy(module).cpu().eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     for start in range(0, len(chosen), BATCH):
         rows = np.sort(chosen[start : start + BATCH])
         inputs = normalize(torch.from_numpy(split.load(rows)), training.dataset.preprocess)

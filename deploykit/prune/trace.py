@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deploykit.models.attention import plain_attention
 from deploykit.models.modes import evaluating
 
 Labels = npt.NDArray[np.int64]
@@ -188,17 +189,6 @@ def _naming(module: nn.Module, inside: list[str]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Let torch compute attention by single operators, not by one that hides them."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def as_inputs(example: Example) -> tuple[Tensor, ...]:

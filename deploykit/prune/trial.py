@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deploykit.cost import count_parameters
+from deploykit.errors import first_line
+from deploykit.models.attention import plain_attention
 from deploykit.prune.graph import Graph, Mask, Removal, undone
-from deploykit.prune.trace import Example, as_inputs, plain_attention, tensors_of
+from deploykit.prune.trace import Example, as_inputs, tensors_of
 
 # Relative to the largest output; true removals agree to about 1e-14 in float64.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -51,6 +53,7 @@ class Twin:
             self._graph = self._open(twin)
         self._outputs = self._run()
         self._effects = self._find_effects()
+        self._trains_more = self._finds_more_in_training()
 
     def fault(self, removal: Removal) -> str:
         """Say what is wrong with removing these channels, by root, or return ``""``.
@@ -93,10 +96,13 @@ class Twin:
             with undone(self._graph.module):
                 self._graph.remove(self._graph.module, removal, adjusted)
                 pruned = self._run()
+                if self._trains_more:
+                    self._train()
             with self._silenced(removal), _Norms(self._graph.kept_in_norms(removal)):
                 silenced = self._run()
         except Exception as error:  # noqa: BLE001 - a wrongly pruned model may fail in any way
-            return f"the pruned model does not run ({type(error).__name__}: {_first_line(error)})"
+            reason = first_line(error)[:120]
+            return f"the pruned model does not run ({type(error).__name__}: {reason})"
         return self._difference(pruned, silenced)
 
     def _difference(self, pruned: Sequence[Tensor], silenced: Sequence[Tensor]) -> str:
@@ -124,13 +130,30 @@ class Twin:
             outputs = tree_leaves(self._graph.module(*self._inputs))
         return [x for x in outputs if isinstance(x, Tensor)]
 
+    @torch.no_grad()
+    def _train(self) -> None:
+        """Run a copy as in training, where parts may run that evaluation leaves out."""
+        copy.deepcopy(self._graph.module).train()(*self._inputs)
+
+    def _finds_more_in_training(self) -> bool:
+        """Tell whether training runs, and may read parameters that evaluation does not."""
+        read = self._graph.views[0].leaves
+        if all(name in read for name, _ in self._graph.module.named_parameters()):
+            return False
+        try:
+            self._train()
+        except Exception:  # noqa: BLE001 - nor would it run unpruned
+            return False
+        return True
+
     def _find_effects(self) -> dict[str, bool]:
         """Tell for each root whether the output depends on its channels, by one gradient.
 
         Groups are tried together, where the effect of one would cover for another without any.
         """
         module = self._graph.module
-        module.requires_grad_(True)
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         try:
             with torch.enable_grad(), plain_attention():
                 outputs = tree_leaves(module(*self._inputs))
@@ -240,7 +263,3 @@ def _randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
         else:
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     return module
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]

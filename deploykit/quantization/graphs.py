@@ -36,7 +36,7 @@ with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         training_quantizer,
     )
 
-from deploykit.errors import CompressionError, ModelError
+from deploykit.errors import CompressionError, ModelError, first_line
 from deploykit.quantization.canonical import canonicalize, decompose
 from deploykit.quantization.norms import (
     batch_norms,
@@ -76,10 +76,9 @@ def trace(module: nn.Module, example: Tensor) -> GraphModule:
             )
             return canonicalize(program.module(check_guards=False))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model: expected a module that torch.export can trace, got {reason}; avoid control "
-            "flow that depends on values and shapes fixed to one batch size"
+            f"model: expected a module that torch.export can trace, got {first_line(error)}; avoid "
+            "control flow that depends on values and shapes fixed to one batch size"
         ) from error
 
 
