@@ -58,7 +58,10 @@ def golden_files(golden: Golden) -> dict[str, bytes]:
     """Name the golden samples: ``golden/000.png`` and so on, and their expected tensors."""
     count = len(golden.items)
     if not count == len(golden.inputs) == len(golden.outputs) or not 0 < count <= MAX_GOLDEN:
-        raise ValueError(f"golden: expected 1 to {MAX_GOLDEN} items, inputs and outputs each")
+        raise ValueError(
+            f"golden: expected 1 to {MAX_GOLDEN} items, inputs and outputs each, got {count}, "
+            f"{len(golden.inputs)} and {len(golden.outputs)}"
+        )
     files = {}
     for index, item in enumerate(golden.items):
         data = item if isinstance(item, bytes) else npy_bytes(item)

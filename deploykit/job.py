@@ -71,7 +71,7 @@ def run_recipe(
     if resuming:
         check_same_recipe(run, recipe)
     elif not (run.is_empty() and (resume or force)):
-        refuse_existing(out, force)
+        refuse_existing(out, force, "run")
     with stop_on_signals():
         from deploykit.pipeline import run_stages
         from deploykit.start import initial_candidate
@@ -138,7 +138,7 @@ def check_speed_can_be_judged(recipe: Recipe, *, replayed: bool) -> None:
 
 
 def _check_replay(recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | None) -> None:
-    """Refuse measurements that lack a stage before any work is done."""
+    """Refuse measurements that lack a stage, or were taken otherwise, before any work is done."""
     stages = ["train", *recipe.compressors]
     if recipe.precision_on(resolve_target(recipe.target)) not in {"int8", "fp32"}:
         stages.append("convert")
@@ -149,6 +149,14 @@ def _check_replay(recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | Non
             f"--latency-table: expected measurements of {', '.join(missing)}, got only "
             f"{', '.join(first) or 'none'}; take a measurements.json of the same stages"
         )
+    target = resolve_target(recipe.target).name
+    for measured in [one for trial in replay or () for one in trial.values()]:
+        taken_for, threads = measured.get("target") or target, measured["latency"]["1"]["threads"]
+        if (taken_for, threads) != (target, recipe.threads):
+            raise UsageError(
+                f"--latency-table: expected latencies on {target} with {recipe.threads} threads, "
+                f"got some on {taken_for} with {threads}; measure with this recipe on {target}"
+            )
 
 
 def _make_room(run: RunFolder, force: bool) -> None:

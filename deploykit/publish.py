@@ -16,24 +16,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deploykit.errors import UsageError
 
 LOCK = ".lock"
 MANIFEST = "manifest.json"
-# What a bundle, a run, a candidate and golden samples always hold, and what else they may: a folder
-# with anything more may not be replaced by --force.
-OUR_FOLDERS = {
-    (MANIFEST, "model.onnx"): ("run.py", "README.md", "golden"),
-    ("recipe.yaml", LOCK): (
-        *("splits.json", "calibration.npy", "golden", "logs", "checkpoints", "candidates"),
-        *("onnx", "trials", "measurements.json", "latencies*.json", "report.json", "report.html"),
+Kind = Literal["bundle", "run", "candidate"]
+# What a folder of each kind always holds, and what else it may: one with anything more may not be
+# replaced by --force.
+OUR_FOLDERS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bundle": ((MANIFEST, "model.onnx"), ("run.py", "README.md", "golden")),
+    "run": (
+        ("recipe.yaml", LOCK),
+        (
+            *("splits.json", "calibration.npy", "golden", "logs", "checkpoints", "candidates"),
+            *("onnx", "trials", "measurements.json", "latencies*.json"),
+            *("report.json", "report.html"),
+        ),
     ),
-    ("structure.json",): ("model.safetensors",),
-    ("expected.npz",): ("???.png", "???.jpg", "???.npy"),
+    "candidate": (("structure.json",), ("model.safetensors",)),
 }
-LEFT_OVER = (LOCK, ".*.tmp", ".*.staging", ".DS_Store")  # by this or another program; no loss
+LEFT_OVER = (".*.tmp", ".*.staging", ".DS_Store")  # by this or another program; no loss
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -69,11 +73,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, f"{text}\n".encode())
 
 
-def refuse_existing(destination: Path, force: bool) -> None:
+def refuse_existing(destination: Path, force: bool, kind: Kind = "bundle") -> None:
     """Refuse a destination that stands already, before any work is done for it.
 
-    With ``force`` a folder that deploykit made, or an empty one, may be replaced; a link, a
-    file and a folder of something else may not, lest a mistyped path destroy it.
+    With ``force`` a folder of the same ``kind``, or an empty one, may be replaced; a link, a
+    file and a folder of anything else may not, lest a mistyped path destroy it.
 
     Raises:
         UsageError: it may not be replaced.
@@ -85,20 +89,24 @@ def refuse_existing(destination: Path, force: bool) -> None:
             raise UsageError(
                 f"{destination}: exists already; choose another place, or replace it with --force"
             )
-        if found := _foreign(destination):
+        if found := _foreign(destination, kind):
             raise UsageError(
-                f"{destination}: expected a folder that deploykit made, found {found}; choose "
-                "another place or remove it yourself"
+                f"{destination}: expected a {kind} to replace, found {found}; choose another place "
+                "or remove it yourself"
             )
 
 
-def _foreign(destination: Path) -> str:
-    """Say what shows that deploykit did not make a folder; nothing if it did."""
+def _foreign(destination: Path, kind: Kind) -> str:
+    """Say what shows that a folder is not of this kind; nothing if it is, or if it is empty."""
     if destination.is_symlink() or not destination.is_dir():
         return "something else"
     names = sorted(entry.name for entry in destination.iterdir())
-    kinds = (always + others for always, others in OUR_FOLDERS.items() if set(always) <= set(names))
-    ours = (*next(kinds, ()), *LEFT_OVER)
+    kinds = (one for one, (always, _) in OUR_FOLDERS.items() if set(always) <= set(names))
+    found = next(kinds, None)
+    if found not in {None, kind}:
+        return f"a {found}"
+    always, others = OUR_FOLDERS[found] if found else ((), ())
+    ours = (*always, *others, *LEFT_OVER)
     return next((f"something else in it, {name}" for name in names if not _fits(name, ours)), "")
 
 
@@ -107,7 +115,9 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 @contextmanager
-def publish_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def publish_folder(
+    destination: Path, *, force: bool = False, kind: Kind = "bundle"
+) -> Iterator[Path]:
     """Give an empty folder to write in, which then becomes ``destination`` in one step.
 
     If the block raises, nothing of it stays and ``destination`` is as it was.
@@ -115,6 +125,7 @@ def publish_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     Args:
         destination: where the folder will stand; its parent is made if need be.
         force: replace what stands there, as ``refuse_existing`` allows.
+        kind: of the folder, and so of what it may replace.
 
     Yields:
         The folder to write in, on the same filesystem.
@@ -122,7 +133,7 @@ def publish_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         UsageError: ``destination`` exists, or cannot be written.
     """
-    refuse_existing(destination, force)
+    refuse_existing(destination, force, kind)
     with told_as_usage(destination):
         destination = destination.absolute()
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +143,7 @@ def publish_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
             yield staging
             _sync_tree(staging)
             with _guard(destination.parent):
-                refuse_existing(destination, force)
+                refuse_existing(destination, force, kind)
                 _swap(staging, destination)
             _sync(destination.parent)
         finally:

@@ -64,7 +64,8 @@ def make_for(
         path: the ONNX file to write.
 
     Raises:
-        VerificationError: the run keeps no float candidate, or parity fails.
+        VerificationError: the run keeps no float candidate, its baseline was altered, or parity
+            fails.
         BudgetError: the new model breaks the recipe's ``max_drop`` on the validation split.
         ModelError: the run's files are damaged.
     """
@@ -147,7 +148,7 @@ def _accuracies(run: RunFolder, recipe: Recipe, model: OnnxModel, target: Target
     dataset = _same_data(run, recipe)
     if dataset is None:
         return dict.fromkeys(("accuracy", "accuracy_drop", "accuracy_drop_interval"))
-    baseline = OnnxModel(run.onnx("train"), model.signature, model.opset)
+    baseline = OnnxModel(_baseline(run), model.signature, model.opset)
 
     def answers(split: Split) -> list[Evaluation]:
         return [evaluate_onnx(one, split, threads=recipe.threads) for one in (baseline, model)]
@@ -166,6 +167,12 @@ def _accuracies(run: RunFolder, recipe: Recipe, model: OnnxModel, target: Target
         "accuracy_drop": value,
         "accuracy_drop_interval": list(interval),
     }
+
+
+def _baseline(run: RunFolder) -> Path:
+    """Return the file of the first stage that the run measured."""
+    models = (run.read_json("measurements.json") or {}).get("models")
+    return run.measured_model("train", models.get("train") if isinstance(models, dict) else None)
 
 
 def _same_data(run: RunFolder, recipe: Recipe) -> Dataset | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.artifacts import Candidate, JsonDict
-from deploykit.errors import ModelError, UsageError
+from deploykit.errors import ModelError, UsageError, VerificationError
 from deploykit.publish import LOCK, publish_folder, write_atomic, write_json
 from deploykit.recipe.sections import Recipe
 
@@ -70,6 +70,27 @@ class RunFolder:
         """Return the file of the model that was measured for ``stage``."""
         return self.path / "onnx" / f"{stage}.onnx"
 
+    def measured_model(self, stage: str, expected: str | None) -> Path:
+        """Return the file of ``stage``, whose SHA-256 is the ``expected`` one.
+
+        Raises:
+            ModelError: it cannot be read.
+            VerificationError: it is not the file that was measured.
+        """
+        path = self.onnx(stage)
+        try:
+            found = sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ModelError(
+                f"{path}: cannot be read: {error.strerror}; run compress --resume"
+            ) from error
+        if found != expected:
+            raise VerificationError(
+                f"{path}: expected the model that was measured, found another; "
+                "run compress --resume"
+            )
+        return path
+
     def candidate(self, stage: str) -> Path:
         """Return the folder of the candidate that ``stage`` made."""
         return self.path / "candidates" / stage
@@ -92,7 +113,7 @@ class RunFolder:
         for stage in stages:
             write_atomic(self.onnx(stage), trial.onnx(stage).read_bytes())
             if trial.candidate(stage).is_dir():
-                with publish_folder(self.candidate(stage), force=True) as staging:
+                with publish_folder(self.candidate(stage), force=True, kind="candidate") as staging:
                     shutil.copytree(trial.candidate(stage), staging, dirs_exist_ok=True)
         for record in trial.path.glob("latencies*.json"):
             write_atomic(self.path / record.name, record.read_bytes())
@@ -146,7 +167,9 @@ class RunFolder:
 
         if str(candidate.structure["model"]["name"]).startswith("python:"):
             return
-        with publish_folder(self.candidate(candidate.stage), force=True) as staging:
+        with publish_folder(
+            self.candidate(candidate.stage), force=True, kind="candidate"
+        ) as staging:
             save_candidate(candidate, staging)
 
     def save_calibration(

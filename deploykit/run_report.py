@@ -80,6 +80,7 @@ def _details(
         "curves": {name: fit["history"] for name, fit in fits.items()},
         "trained": {name: fit["trained"] for name, fit in fits.items()},
         "latency": {stage.name: measured[stage.name]["latency"] for stage in stages},
+        "measured_on": measured[final.name].get("measured_on"),
         "labels": list(dataset.classes),
         "confusion": {
             "baseline": test[0].confusion.tolist(),

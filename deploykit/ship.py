@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 
 from deploykit.artifacts import JsonDict, OnnxModel, Signature
 from deploykit.bundle import Golden, write_bundle
+from deploykit.bundle_files import golden_files
 from deploykit.environment import environment
-from deploykit.errors import BudgetError, ModelError, VerificationError
+from deploykit.errors import BudgetError, ModelError
 from deploykit.progress import Progress
 from deploykit.publish import refuse_existing
 from deploykit.recipe.sections import Recipe
@@ -115,15 +115,12 @@ def export_run(
 def _as_measured(folder: RunFolder, report: JsonDict, *, here: bool) -> Shipment:
     """Take the very file that the run measured; ``here`` says whether on the target."""
     final, shipped = report["final"]["name"], report["details"]["model"]
-    timed = here and any(report["final"]["latency_ms"].values())
-    model = OnnxModel(
-        folder.onnx(final), Signature.from_json(shipped["signature"]), shipped["opset"]
-    )
-    _check_hash(model, shipped["sha256"])
+    measured_on = (report["details"].get("measured_on") or None) if here else None
+    path = folder.measured_model(final, shipped["sha256"])
     return Shipment(
-        model,
-        measured=_measured(report, latencies=timed),
-        measured_on=report["environment"] if timed else None,
+        OnnxModel(path, Signature.from_json(shipped["signature"]), shipped["opset"]),
+        measured=_measured(report, latencies=measured_on is not None),
+        measured_on=measured_on,
         verified_on=report["environment"],
         parity=report["details"]["parity"][final],
         golden=_golden(folder),
@@ -144,10 +141,9 @@ def _made_anew(
     golden = _golden(folder)
     made = make_for(folder, recipe, target, precision, golden.inputs, path)
     session = open_session(path.read_bytes(), recipe.threads)
-    unknown = {"peak_memory_bytes": None, "parity": made.parity}
     return Shipment(
         made.model,
-        measured={**_measured(report, latencies=False), **unknown, **made.measured},
+        measured={**_measured(report, latencies=False), "parity": made.parity, **made.measured},
         measured_on=None,
         verified_on=environment(),
         parity=made.parity,
@@ -174,22 +170,8 @@ def _finished(folder: RunFolder) -> JsonDict:
     return report
 
 
-def _check_hash(model: OnnxModel, sha256: str) -> None:
-    try:
-        found = hashlib.sha256(model.path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ModelError(
-            f"{model.path}: cannot be read: {error.strerror}; run compress --resume"
-        ) from error
-    if found != sha256:
-        raise VerificationError(
-            f"{model.path}: expected the model that was measured, found another; "
-            "run compress --resume"
-        )
-
-
 def _measured(report: Mapping[str, Any], *, latencies: bool) -> JsonDict:
-    """Choose what the manifest tells; a latency that was never taken on the target is null."""
+    """Choose what the manifest tells; what was never taken on the target is null."""
     final, baseline = report["final"], report["baseline"]
     batches = final["latency_ms"]
     return {
@@ -201,7 +183,7 @@ def _measured(report: Mapping[str, Any], *, latencies: bool) -> JsonDict:
         "speedup": final["speedup"] if latencies else dict.fromkeys(batches),
         "size_bytes": final["size_bytes"],
         "baseline_size_bytes": baseline["size_bytes"],
-        "peak_memory_bytes": final["peak_memory_bytes"],
+        "peak_memory_bytes": final["peak_memory_bytes"] if latencies else None,
         "normalization": report["details"].get("normalization") if latencies else None,
         "parity": report["details"]["parity"][final["name"]],
     }
@@ -219,15 +201,20 @@ def _tolerance(parity: Mapping[str, Any]) -> JsonDict:
 
 
 def _golden(folder: RunFolder) -> Golden:
-    """Read the samples that the run kept for its bundle."""
+    """Read the samples that the run kept for its bundle.
+
+    Raises:
+        ModelError: they are not as the run wrote them.
+    """
     files = sorted(path for path in folder.golden.glob("[0-9]*") if path.is_file())
     try:
         with np.load(folder.golden / "expected.npz", allow_pickle=False) as expected:
             inputs, outputs = expected["inputs"], expected["outputs"]
-        items = [path.read_bytes() for path in files]
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        golden = Golden([path.read_bytes() for path in files], inputs, outputs)
+        golden_files(golden)  # refuses what is of no kind, or not one of each
+    except (OSError, EOFError, TypeError, ValueError, KeyError, BadZipFile) as error:
         raise ModelError(
-            f"{folder.golden}: expected the run's golden samples, got {error}; "
+            f"{folder.golden}: expected the run's golden samples, got damaged ones: {error}; "
             "run compress --resume"
         ) from error
-    return Golden(items, inputs, outputs)
+    return golden

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deploykit.artifacts import Candidate, JsonDict, OnnxModel
 from deploykit.data import Dataset
+from deploykit.environment import environment
 from deploykit.errors import UsageError
 from deploykit.exporter import export_onnx
 from deploykit.fusion import fused_operators
@@ -137,8 +138,10 @@ def _measured(stages: list[Stage], recipe: Recipe) -> dict[str, JsonDict]:
         baseline=stages[0].name,
         target=target,
     )
+    taken = {"target": target.name, "measured_on": environment()}
     measured: dict[str, JsonDict] = {
         stage.name: {
+            **taken,
             "latency": {batch: one.to_json() for batch, one in latency[stage.name].items()},
             "peak_memory_bytes": peak_memory_bytes(stage.model, recipe.threads) if on_cpu else None,
         }
@@ -171,6 +174,7 @@ def read_measurements(path: Path) -> list[dict[str, JsonDict]]:
         for measured in [one for stages in trials for one in stages.values()]:
             if measured["peak_memory_bytes"] is not None:  # as on a GPU
                 int(measured["peak_memory_bytes"])
+            dict(measured.get("measured_on") or {})
             for batch in BATCHES:
                 Latency.from_json(measured["latency"][batch])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

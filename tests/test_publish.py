@@ -11,6 +11,7 @@ import pytest
 from deploykit import publish
 from deploykit.errors import UsageError
 from deploykit.publish import (
+    OUR_FOLDERS,
     lock_folder,
     publish_folder,
     refuse_existing,
@@ -306,10 +307,33 @@ def test_force_destroys_nothing_that_deploykit_did_not_make(tmp_path, make):
     assert os.path.lexists(tmp_path / "x")
 
 
-def test_force_accepts_an_empty_or_locked_empty_folder(tmp_path):
+FOLDERS = {kind: dict.fromkeys(always, "precious") for kind, (always, _) in OUR_FOLDERS.items()}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("found", FOLDERS)
+def test_force_replaces_a_folder_only_by_one_of_its_kind(tmp_path, kind, found):
+    fill(tmp_path / "x", FOLDERS[found])
+    if kind == found:
+        with publish_folder(tmp_path / "x", force=True, kind=kind) as staging:
+            fill(staging, NEW)
+        assert content(tmp_path / "x") == NEW
+        return
+    told = f"expected a {kind} to replace, found a {found}; choose another place"
+    with pytest.raises(UsageError, match=told):
+        refuse_existing(tmp_path / "x", True, kind)
+    with (
+        pytest.raises(UsageError, match=told),
+        publish_folder(tmp_path / "x", force=True, kind=kind),
+    ):
+        pass
+    assert content(tmp_path / "x") == FOLDERS[found]
+
+
+def test_force_accepts_an_empty_folder_but_not_one_where_a_run_begins(tmp_path):
     (tmp_path / "x").mkdir()
     refuse_existing(tmp_path / "x", force=True)
-    with lock_folder(tmp_path / "x"):
+    with lock_folder(tmp_path / "x"), pytest.raises(UsageError, match="something else in it"):
         refuse_existing(tmp_path / "x", force=True)
 
 

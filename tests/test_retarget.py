@@ -1,6 +1,7 @@
 """Runs and bundles for targets that this machine is not."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -10,10 +11,11 @@ from tiny_run import CALIBRATED, measure_quickly, sha256
 
 from deploykit import job
 from deploykit.check import check_recipe
-from deploykit.errors import BudgetError, VerificationError
+from deploykit.errors import BudgetError, UsageError, VerificationError
 from deploykit.recipe import parse_recipe
 from deploykit.runtime import detect_cpu
 from deploykit.ship import export_run
+from deploykit.stages import read_measurements
 from deploykit.targets import TARGETS, suited_targets
 
 pytestmark = pytest.mark.slow
@@ -114,14 +116,52 @@ def test_a_speed_that_this_machine_cannot_measure_is_refused_before_any_work(tmp
         check_recipe(recipe)
 
 
-def test_latencies_taken_on_the_target_judge_it_here(make_run, tmp_path):
-    stages = json.loads((make_run().path / "measurements.json").read_text())["stages"]
+def table_of(run, **changes):
+    """Read the measurements of a run, as if they had been taken otherwise."""
+    stages = read_measurements(run.path / "measurements.json")[0]
+    return {name: {**measured, **changes} for name, measured in stages.items()}
+
+
+BROWSER = {"cpu": "of a phone"}
+
+
+@pytest.mark.parametrize("measured_on", [BROWSER, None], ids=["told", "not told"])
+def test_latencies_taken_on_the_target_judge_it_here(make_run, tmp_path, measured_on):
+    stages = table_of(make_run(), target="web", measured_on=measured_on)
     fast = {**stages["quantize"]["latency"]["1"], "ratio": 3.0}
     stages["quantize"]["latency"]["1"] = fast
     recipe = recipe_of("target=web", "budget.min_speedup=1.5")
     run = job.run_recipe(recipe, tmp_path / "run", replay=[stages])
     assert run.report["budget"]["passed"]
     assert run.report["final"]["speedup"]["1"] == 3.0
+    manifest = manifest_of(export_run(run.path, tmp_path / "bundle"))
+    assert manifest["measured_on"] == run.report["details"]["measured_on"] == measured_on
+    told = measured_on is not None
+    assert manifest["measured"]["speedup"]["1"] == (3.0 if told else None)
+    assert (manifest["measured"]["latency_ms"] == UNKNOWN) is not told
+    assert (manifest["measured"]["peak_memory_bytes"] is None) is not told
+
+
+def test_measurements_tell_where_they_were_taken(make_run):
+    run = make_run()
+    for measured in table_of(run).values():
+        assert measured["target"] == detect_cpu()
+        assert measured["measured_on"] == run.report["environment"]
+
+
+@pytest.mark.parametrize("change", [f"target={ELSEWHERE}", "threads=2"])
+def test_latencies_taken_otherwise_are_refused_before_any_work(make_run, tmp_path, change):
+    told = rf"--latency-table: expected latencies on .*, got some on {detect_cpu()} with 1;"
+    with pytest.raises(UsageError, match=told):
+        job.run_recipe(recipe_of(change), tmp_path / "run", replay=[table_of(make_run())])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_with_a_machine_of_no_kind_is_refused(make_run, tmp_path):
+    file = tmp_path / "measurements.json"
+    file.write_text(json.dumps({"stages": table_of(make_run(), measured_on="here")}))
+    with pytest.raises(UsageError, match=r"expected the measurements\.json of a run"):
+        read_measurements(file)
 
 
 def test_a_table_of_latencies_counts_for_the_check_too(make_run, deploykit, tmp_path):
@@ -195,6 +235,20 @@ def test_a_model_given_as_an_object_cannot_be_made_anew(tmp_path, monkeypatch):
     )
     with pytest.raises(VerificationError, match="given as an object; compress it again"):
         export_run(run.path, tmp_path / "bundle", target="cuda")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("file", ["onnx/train.onnx", "measurements.json"])
+def test_a_baseline_other_than_the_measured_one_is_refused(make_run, tmp_path, file):
+    copy = shutil.copytree(make_run().path, tmp_path / "run")
+    if file == "measurements.json":
+        (copy / file).write_text('{"models": []}')
+    else:
+        model = onnx.load(copy / file)
+        model.doc_string = "another"
+        onnx.save(model, copy / file)
+    with pytest.raises(VerificationError, match="expected the model that was measured, found"):
+        export_run(copy, tmp_path / "bundle", target="cuda")
     assert not (tmp_path / "bundle").exists()
 
 

@@ -1,11 +1,12 @@
 """A run's calibration samples: streamed to their file, read back as they are needed."""
 
 import io
+from hashlib import sha256
 
 import numpy as np
 import pytest
 
-from deploykit.errors import UsageError
+from deploykit.errors import ModelError, UsageError, VerificationError
 from deploykit.publish import publish_folder
 from deploykit.run_folder import CHUNK, RunFolder
 
@@ -48,20 +49,33 @@ def test_broken_read_leaves_the_old_calibration_and_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.npy"]
 
 
-@pytest.mark.parametrize("name", ["golden", "candidates/train"])
-def test_folders_of_a_run_can_be_published_again_when_it_is_resumed(tmp_path, name):
-    file = "expected.npz" if name == "golden" else "structure.json"
+def test_candidate_can_be_published_again_when_a_run_is_resumed(tmp_path):
+    candidate = RunFolder(tmp_path).candidate("train")
     for content in (b"old", b"new"):
-        with publish_folder(tmp_path / name, force=True) as staging:
-            (staging / file).write_bytes(content)
-    assert (tmp_path / name / file).read_bytes() == b"new"
+        with publish_folder(candidate, force=True, kind="candidate") as staging:
+            (staging / "structure.json").write_bytes(content)
+    assert (candidate / "structure.json").read_bytes() == b"new"
 
 
 def test_folder_of_something_else_is_never_replaced(tmp_path):
-    (tmp_path / "golden").mkdir()
-    (tmp_path / "golden" / "letters.txt").touch()
+    candidate = RunFolder(tmp_path).candidate("train")
+    candidate.mkdir(parents=True)
+    (candidate / "letters.txt").touch()
     with (
         pytest.raises(UsageError, match="something else"),
-        publish_folder(tmp_path / "golden", force=True),
+        publish_folder(candidate, force=True, kind="candidate"),
     ):
         pass
+
+
+def test_only_the_model_that_was_measured_is_given(tmp_path):
+    run = RunFolder(tmp_path)
+    with pytest.raises(ModelError, match=r"train\.onnx: cannot be read.*compress --resume"):
+        run.measured_model("train", None)
+    run.onnx("train").parent.mkdir()
+    run.onnx("train").write_bytes(b"model")
+    measured = sha256(b"model").hexdigest()
+    assert run.measured_model("train", measured) == run.onnx("train")
+    for expected in (sha256(b"other").hexdigest(), None):
+        with pytest.raises(VerificationError, match=r"train\.onnx: expected the model that was"):
+            run.measured_model("train", expected)

@@ -37,6 +37,53 @@ def test_two_exports_give_equal_bytes(tiny_run, tmp_path, deploykit):
 
 
 @slow
+def test_a_bundle_never_takes_the_place_of_a_run(tiny_run, tmp_path, deploykit):
+    run = tiny_run.copy(tmp_path / "run")
+    before = snapshot(run)
+    for place, found in ((run, "a run"), (run / "candidates/train", "a candidate")):
+        done = deploykit("export", run, "--out", place, "--force")
+        assert done.code == 2
+        assert f"expected a bundle to replace, found {found};" in done.err.replace("\n", " ")
+    assert snapshot(run) == before
+
+
+@slow
+def test_a_run_never_takes_the_place_of_a_bundle(tiny_run, tmp_path, deploykit):
+    bundle = tmp_path / "bundle"
+    assert deploykit("export", tiny_run.path, "--out", bundle).code == 0
+    before = snapshot(bundle)
+    done = deploykit("compress", tiny_run.recipe_file, "--out", bundle, "--force")
+    assert done.code == 2
+    assert "expected a run to replace, found a bundle;" in done.err.replace("\n", " ")
+    assert snapshot(bundle) == before
+
+
+def lose(file):
+    file.unlink()
+
+
+def spoil(file):
+    file.write_bytes(b"junk")
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@slow
+@pytest.mark.parametrize("damage", [lose, spoil, empty])
+@pytest.mark.parametrize("name", ["003.png", "expected.npz"])
+def test_damaged_golden_samples_are_told_with_a_remedy(tiny_run, tmp_path, deploykit, damage, name):
+    run = tiny_run.copy(tmp_path / "run")
+    damage(run / "golden" / name)
+    done = deploykit("export", run, "--out", tmp_path / "bundle")
+    assert done.code == 3
+    assert "expected the run's golden samples, got damaged ones" in done.err.replace("\n", " ")
+    assert "compress --resume" in done.err.replace("\n", " ")
+    assert not (tmp_path / "bundle").exists()
+
+
+@slow
 def test_other_integers_are_calibrated_anew_and_claim_no_latency(tiny_run, tmp_path, deploykit):
     made_for = tiny_run.report["details"]["model"]["target"]
     other = "cpu-x86-vnni" if made_for == "cpu-x86-avx2" else "cpu-x86-avx2"
@@ -81,6 +128,7 @@ def test_target_of_the_same_integers_ships_the_same_model(tiny_run, tmp_path, de
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["measured_on"] is None
     assert manifest["measured"]["latency_ms"] == {"1": None, "32": None}
+    assert manifest["measured"]["peak_memory_bytes"] is None
 
 
 @slow
