@@ -6,7 +6,7 @@ bytes of the single files are made in ``bundle_files`` and ``bundle_readme``. Lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from deploykit.errors import (
 from deploykit.publish import publish_folder, refuse_existing
 
 BATCH_SIZE = 32
-Sample = np.ndarray | Path | str | bytes
+Sample = np.ndarray | Path | str | bytes | bytearray
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Bundle:
     manifest: JsonDict
     session: Any
 
-    def predict(self, samples: Sample | Sequence[Sample]) -> Prediction:
+    def predict(self, samples: Sample | Iterable[Sample]) -> Prediction:
         """Classify samples.
 
         Args:
@@ -75,13 +75,13 @@ class Bundle:
             One answer a sample, in order.
 
         Raises:
-            DataError: a sample cannot be used.
+            DataError: a sample cannot be used; it is told by its place, from 0.
 
         Example:
             >>> load_bundle("bundles/digits").predict("seven.png").labels
             ('7',)
         """
-        rows = [row for sample in _listed(samples) for row in self._rows(sample)]
+        rows = self._rows(samples)
         if not rows:
             raise DataError("predict: expected at least one sample, got none")
         with told_as_deploykit():
@@ -96,16 +96,32 @@ class Bundle:
         best = tuple(runtime.rank(one, classes, 1)[0]["label"] for one in probabilities)
         return Prediction(best, probabilities, logits, classes)
 
-    def _rows(self, sample: Sample) -> Sequence[np.ndarray]:
-        """Turn one argument into samples without batch axis."""
-        with told_as_deploykit():
-            if isinstance(sample, bytes):
-                return [runtime.read_sample(sample, self.manifest)]
-            if isinstance(sample, (str, Path)):
-                return [runtime.read_input(str(sample), self.manifest)]
-        return self._checked(sample)
+    def _rows(self, samples: Sample | Iterable[Sample]) -> list[np.ndarray]:
+        """Turn the argument into samples without batch axis; a fault tells at which one."""
+        rows: list[np.ndarray] = []
+        try:
+            with told_as_deploykit():
+                for sample in _listed(samples):
+                    for row in self._read(sample):
+                        rows.append(row)
+        except DataError as error:
+            raise DataError(f"predict: sample {len(rows)}: {error}") from error
+        return rows
 
-    def _checked(self, array: np.ndarray) -> Sequence[np.ndarray]:
+    def _read(self, sample: Sample) -> Iterator[np.ndarray]:
+        if isinstance(sample, (bytes, bytearray)):
+            yield runtime.read_sample(bytes(sample), self.manifest)
+        elif isinstance(sample, (str, Path)):
+            yield runtime.read_input(str(sample), self.manifest)
+        elif isinstance(sample, np.ndarray):
+            yield from self._checked(sample)
+        else:
+            raise DataError(
+                "expected a path, the bytes of a file or an array, "
+                f"got {type(sample).__name__}; numpy.asarray makes an array"
+            )
+
+    def _checked(self, array: np.ndarray) -> Iterator[np.ndarray]:
         spec = self.manifest["inputs"][0]
         shape, dtype = tuple(spec["shape"][1:]), np.dtype(spec["dtype"])
         batch = array[np.newaxis] if array.ndim == len(shape) else array
@@ -115,10 +131,10 @@ class Bundle:
         )
         if batch.shape[1:] != shape or not fits:
             raise DataError(
-                f"predict: expected {dtype} of shape {shape} or a batch of it, "
+                f"expected {dtype} of shape {shape} or a batch of it, "
                 f"got {array.dtype} of shape {array.shape}"
             )
-        return list(batch.astype(dtype))
+        return (runtime.cast_finite(row, dtype) for row in batch)
 
 
 def write_bundle(
@@ -257,10 +273,13 @@ def told_as_deploykit() -> Iterator[None]:
         raise kinds.get(error.exit_code, MissingDependency)(str(error)) from error
 
 
-def _listed(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
-    if isinstance(samples, (np.ndarray, Path, str, bytes)):
+def _listed(samples: Sample | Iterable[Sample]) -> Iterable[Sample]:
+    if isinstance(samples, (np.ndarray, Path, str, bytes, bytearray)):
         return [samples]
-    return samples
+    try:
+        return iter(samples)
+    except TypeError:
+        return [samples]  # type: ignore[list-item]  # refused by name
 
 
 def _runner() -> bytes:

@@ -30,7 +30,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ MAX_FILE_BYTES = 2**31  # an ONNX file cannot be larger
 MAX_FILES = 10_000
 MAX_INPUT_BYTES = 64 * 2**20
 MAX_PIXELS = 25_000_000
+MAX_THREADS = 1024
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 CPU = ("CPUExecutionProvider",)
 # What the manifest holds; each value is the JSON type, or types, that stand there.
@@ -420,22 +421,22 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
         )
     try:
         _check_manifest(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise BrokenBundleError(f"{MANIFEST}: {error}") from error
     return manifest
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Raise ValueError, KeyError or TypeError where a value is not what the schema says."""
+    """Raise ValueError, LookupError or the like where a value is not what the schema says."""
     if set(manifest) != set(KEYS):
         raise ValueError(f"expected the keys {', '.join(KEYS)}")
     for key, types in KEYS.items():
         if not isinstance(manifest[key], types) or isinstance(manifest[key], bool):
             raise ValueError(f"{key}: got {manifest[key]!r}")
-    if not 1 <= manifest["threads"] <= 1024:
-        raise ValueError(f"threads: expected 1 to 1024, got {manifest['threads']}")
-    if not all(isinstance(label, str) for label in manifest["labels"]):
-        raise ValueError("labels: expected strings")
+    if not 1 <= manifest["threads"] <= MAX_THREADS:
+        raise ValueError(f"threads: expected 1 to {MAX_THREADS}, got {manifest['threads']}")
+    if not _are_names(manifest["labels"]) or len(set(manifest["labels"])) < len(manifest["labels"]):
+        raise ValueError("labels: expected distinct strings")
     if len(manifest["inputs"]) != 1 or len(manifest["outputs"]) != 1:
         raise ValueError("expected one input and one output")
     for spec in (*manifest["inputs"], *manifest["outputs"]):
@@ -446,12 +447,56 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"expected name, dtype and shape, got {spec!r}")
     if manifest["labels"] and len(manifest["labels"]) != manifest["outputs"][0]["shape"][-1]:
         raise ValueError("labels: expected one a class")
-    if not manifest["tolerance"].get("max_abs", -1) >= 0:
-        raise ValueError("tolerance.max_abs: expected a number from 0")
+    _check_values(manifest)
     version_tuple(manifest["min_onnxruntime"])
     if manifest["preprocess"] is not None:
         check_preprocess(manifest["preprocess"])
     _check_files(manifest["files"])
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a number from 0 that a float can hold; a boolean is no number."""
+    return type(value) in {int, float} and 0 <= value <= sys.float_info.max
+
+
+def _is_size_or_null(value: Any) -> bool:
+    return value is None or _is_size(value)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_size_or_null, value.values()))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
+
+
+# What is read of the manifest's parts, all but the first where it is there: how to tell it, in
+# words and by a test.
+VALUES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "tolerance.max_abs": ("a number from 0", _is_size),
+    "tolerance.scale": ("a number from 0 or null", _is_size_or_null),
+    "tolerance.steps": ("a number from 0 or null", _is_size_or_null),
+    "tolerance.top1": ("true or false", lambda value: isinstance(value, bool)),
+    "measured.accuracy": ("a number from 0 or null", _is_size_or_null),
+    "measured.latency_ms": ("numbers from 0 or null by batch size", _are_sizes),
+    "verified_on.targets": ("a list of names", _are_names),
+    "verified_on.cpu_target": ("a name", _is_name),
+}
+
+
+def _check_values(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError where a value inside a part is not what is read there."""
+    for key, (expected, holds) in VALUES.items():
+        part, _, name = key.partition(".")
+        value = manifest[part].get(name)
+        needed = key == "tolerance.max_abs" or name in manifest[part]
+        if needed and not holds(value):
+            raise ValueError(f"{key}: expected {expected}, got {value!r}")
 
 
 def _check_files(files: Mapping[str, Any]) -> None:
@@ -656,7 +701,23 @@ def read_sample(data: bytes, manifest: Mapping[str, Any]) -> np.ndarray:
         raise InputError(
             f"expected {spec['dtype']} of shape {shape}, got {array.dtype} of shape {array.shape}"
         )
-    return array.astype(spec["dtype"])
+    return cast_finite(array, spec["dtype"])
+
+
+def cast_finite(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return ``array`` as ``dtype``.
+
+    Raises:
+        InputError: something in it is no number, or too large for ``dtype``. Integers would hide
+            it: NaN becomes one of them like any other, and the answer looks like an answer.
+    """
+    with np.errstate(over="ignore"):
+        cast: np.ndarray = array.astype(dtype)
+    if not np.all(np.isfinite(cast)):
+        raise InputError(
+            f"expected finite numbers, got NaN or infinity in {cast.dtype}; mend the sample"
+        )
+    return cast
 
 
 def parse_npy(data: bytes) -> np.ndarray:
@@ -901,9 +962,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", metavar="FILE", help="image, or .npy array")
     command.add_argument("--json", action="store_true", help="print one JSON array")
     command = commands.add_parser("bench", help="time the model on this machine")
-    command.add_argument("--threads", type=int, choices=range(1, 1025), metavar="N")
+    command.add_argument("--threads", type=_threads, metavar="N", help="default: as measured")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _threads(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MAX_THREADS):
+        raise argparse.ArgumentTypeError(f"expected 1 to {MAX_THREADS}, got {text!r}")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> int:

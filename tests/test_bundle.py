@@ -461,13 +461,30 @@ def test_manifest_may_not_name_files_outside_the_bundle(tiny, name):
         ({"threads": True}, "threads"),
         ({"labels": ["a", "b", 3]}, "labels"),
         ({"labels": ["a"]}, "labels: expected one a class"),
+        ({"labels": ["a", "b", "a"]}, "labels: expected distinct strings"),
         ({"inputs": []}, "one input"),
         ({"inputs": [{"name": "image"}]}, "manifest.json"),
         ({"inputs": [None]}, "manifest.json"),
         ({"outputs": [{"name": "l", "dtype": "strange", "shape": [-1, 3]}]}, "strange"),
+        ({"outputs": [{"name": "l", "dtype": "float32", "shape": []}]}, "manifest.json"),
         ({"tolerance": {}}, "tolerance.max_abs"),
         ({"tolerance": {"max_abs": -1}}, "tolerance.max_abs"),
         ({"tolerance": {"max_abs": "1"}}, "manifest.json"),
+        ({"tolerance": {"max_abs": True}}, "tolerance.max_abs: expected a number from 0, got True"),
+        ({"tolerance": {"max_abs": 10**400}}, "tolerance.max_abs"),
+        ({"tolerance": {"max_abs": 1, "scale": "x"}}, "tolerance.scale: expected a number"),
+        ({"tolerance": {"max_abs": 1, "scale": True}}, "tolerance.scale"),
+        ({"tolerance": {"max_abs": 1, "steps": [2]}}, "tolerance.steps"),
+        ({"tolerance": {"max_abs": 1, "top1": 1}}, "tolerance.top1: expected true or false, got 1"),
+        ({"measured": {"accuracy": "x"}}, "measured.accuracy: expected a number from 0 or null"),
+        ({"measured": {"accuracy": False}}, "measured.accuracy"),
+        ({"measured": {"latency_ms": [1]}}, "measured.latency_ms"),
+        ({"measured": {"latency_ms": None}}, "measured.latency_ms"),
+        ({"measured": {"latency_ms": {"1": "fast"}}}, "measured.latency_ms"),
+        ({"verified_on": {"targets": 5}}, "verified_on.targets: expected a list of names, got 5"),
+        ({"verified_on": {"targets": None}}, "verified_on.targets"),
+        ({"verified_on": {"targets": [5]}}, "verified_on.targets"),
+        ({"verified_on": {"cpu_target": 5}}, "verified_on.cpu_target"),
         ({"min_onnxruntime": "new"}, "expected a version"),
         ({"preprocess": {}}, "preprocess"),
         ({"preprocess": None}, "expected a .npy file"),
@@ -486,6 +503,14 @@ def test_well_hashed_nonsense_is_refused(tiny, changes, told):
     why = refused(tiny)
     assert told in why
     assert "\n" not in why
+
+
+def test_what_was_not_measured_may_be_null_or_absent(tiny):
+    loose = {"max_abs": 1}
+    for measured in ({}, {"accuracy": None, "latency_ms": {"1": None}}):
+        for tolerance in (loose, {**loose, "scale": None, "steps": None}):
+            reseal(tiny, measured=measured, tolerance=tolerance, verified_on={})
+            verify_bundle(tiny)
 
 
 def test_swap_between_verification_and_load_changes_nothing(tiny, monkeypatch):
@@ -634,7 +659,8 @@ def test_paths_bytes_and_arrays_give_the_same_answers(tiny):
         answers = bundle.predict(samples)
         assert answers.labels == batch.labels
         assert np.array_equal(answers.logits, batch.logits)
-    assert bundle.predict(paths[0]).labels == batch.labels[:1]
+    for one in (paths[0], bytearray(paths[0].read_bytes()), (path for path in paths[:1])):
+        assert bundle.predict(one).labels == batch.labels[:1]
     assert [one["label"] for one in batch.top(2)[0]] == ["star", "circle"]
 
 
@@ -644,6 +670,13 @@ def test_many_samples_go_in_batches(tiny, arrays):
     few = bundle.predict(inputs).labels
     assert bundle.predict(np.resize(inputs, (99, 4, 4, 1))).labels == few * 33
     assert load_bundle(arrays).predict(np.zeros((100, 3))).logits.shape == (100, 2)
+
+
+class Unlistable:
+    """As a tensor without axes: it has the method, but nothing to go through."""
+
+    def __iter__(self):
+        raise TypeError("iteration over a 0-d tensor")
 
 
 @pytest.mark.parametrize(
@@ -657,11 +690,26 @@ def test_many_samples_go_in_batches(tiny, arrays):
         np.zeros((), np.uint8),
         b"no image",
         Path("absent.png"),
+        bytearray(b"no image"),
+        [0.1] * 8,
+        [[0.1] * 8],
+        3,
+        None,
+        [None],
+        Unlistable(),
     ],
 )
 def test_unusable_samples_are_data_errors(original, samples):
     with pytest.raises(DataError):
         load_bundle(original).predict(samples)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_sample_that_holds_no_number_is_told_by_its_place(arrays, value):
+    good, bad = np.zeros(3), np.array([0, value, 0])
+    for samples in (np.stack([good, good, bad]), [good, good, bad], [np.stack([good, good]), bad]):
+        with pytest.raises(DataError, match="sample 2: expected finite numbers, got NaN or inf"):
+            load_bundle(arrays).predict(samples)
 
 
 def test_threads_can_be_chosen(original):

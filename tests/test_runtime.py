@@ -355,6 +355,26 @@ def test_array_of_another_shape_or_dtype_exits_3(tiny_arrays, tmp_path, capsys):
         assert "expected float32 of shape (3,)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+def test_array_that_holds_no_number_exits_3_and_names_the_file(
+    tiny_arrays, tmp_path, capsys, value
+):
+    path = tmp_path / "x.npy"
+    np.save(path, np.array([0, value, 0]))
+    assert runtime.main(["predict", str(path)], tiny_arrays) == 3
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {path}: expected finite numbers, got NaN or infinity")
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+@pytest.mark.parametrize("threads", ["0", "1025", "-1", "1.5", "many"])
+def test_threads_out_of_range_are_refused_in_a_few_words(tiny, capsys, threads):
+    with pytest.raises(SystemExit):
+        runtime.main(["bench", f"--threads={threads}"], tiny)
+    *_, told = capsys.readouterr().err.splitlines()
+    assert told.endswith(f"argument --threads: expected 1 to 1024, got '{threads}'")
+
+
 def test_interrupt_exits_130(tiny, monkeypatch):
     def interrupt(_folder):
         raise KeyboardInterrupt
