@@ -15,7 +15,7 @@ from deploykit.artifacts import Candidate, JsonDict
 from deploykit.errors import CompressionError
 from deploykit.held_weights import projections
 from deploykit.models.weights import load_tensors
-from deploykit.quantization.deployable import exact_inputs
+from deploykit.quantization.deployable import exact_inputs, leave_recurrence_in_float
 from deploykit.quantization.graphs import (
     calibration_graph,
     freeze_statistics,
@@ -209,21 +209,22 @@ def _quantized(
     mode: str,
     notes: JsonDict,
 ) -> Candidate:
-    if not parameters:
-        raise CompressionError(
-            "quantize: expected a model with convolutions or linear layers, got none that run in "
-            "integers; remove the quantize section"
-        )
     quantization = {
         "target": target.name,
         "mode": mode,
         "keep_float": sorted(keep_float),
         "parameters": {key: list(value) for key, value in parameters.items()},
     }
-    return Candidate(
+    quantized = Candidate(
         module=module,
         signature=candidate.signature,
         structure={**candidate.structure, "quantization": quantization},
         stage="quantize",
         notes=notes,
     )
+    if not parameters and leave_recurrence_in_float(quantized) is None:
+        raise CompressionError(
+            "quantize: expected a model with convolutions, linear layers or a wide LSTM, got none "
+            "that run in integers; remove the quantize section"
+        )
+    return quantized

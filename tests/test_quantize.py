@@ -14,8 +14,12 @@ from tiny_quantized import (
     Samples,
     array_candidate,
     candidate_of,
+    conv,
     images,
     noise_ratio,
+    plain,
+    pooled,
+    settled,
 )
 from tiny_training import TinyDataset, TinySplit
 from torch import nn
@@ -30,6 +34,7 @@ from deploykit.quantization.deployable import candidate_graph, deployable
 from deploykit.quantize import CALIBRATION_BATCH, calibrate, calibration_rows, train_quantized
 from deploykit.recipe.sections import OptimizerSection, QuantizeSection, TrainSection, VerifySection
 from deploykit.structure import load_candidate, save_candidate
+from deploykit.targets import TARGETS
 from deploykit.train import Training, fit
 from deploykit.verify import verify_onnx
 
@@ -280,7 +285,7 @@ def test_calibration_rows_are_distinct_sorted_and_stable():
 
 def test_a_model_without_layers_is_refused():
     candidate = candidate_of(Net(lambda net, x: x.flatten(1)[:, :CLASSES]))
-    with pytest.raises(CompressionError, match="convolutions or linear layers"):
+    with pytest.raises(CompressionError, match="convolutions, linear layers"):
         calibrate(candidate, images(8)[0], target=TARGET)
 
 
@@ -321,6 +326,38 @@ def test_pixels_with_a_scale_a_channel_are_quantized_again(trained, tmp_path):
     pixels = images(96)[0]
     quantized = calibrate(candidate, pixels, target=TARGET)
     assert "input:0" in quantized.structure["quantization"]["parameters"]
+    model = export_onnx(quantized, tmp_path / "m.onnx", name="tiny")
+    parity = verify_onnx(quantized, model, Samples(pixels), VerifySection(), threads=1)
+    assert parity.max_steps <= 2
+    assert fused_operators(model, threads=1).floating == ()
+    assert noise_ratio(answers(candidate, pixels), answers(quantized, pixels)) < 0.01
+
+
+def next_to_nothing(net):
+    """Weights of zero, or hardly more behind a BatchNorm, beside a bias that matters."""
+    with torch.no_grad():
+        net.n1.weight[3], net.n1.bias[3] = 1e-7, 4.0
+        net.fc.weight[1], net.fc.bias[1] = 0.0, 5.0
+    return net
+
+
+def lone_norm():
+    """A BatchNorm that no layer takes in."""
+    relu = nn.functional.relu
+    return Net(
+        lambda net, x: net.fc(pooled(relu(net.n1(relu(net.c1(x)))))),
+        c1=conv(CHANNELS, 8),
+        n1=nn.BatchNorm2d(8),
+        fc=nn.Linear(8, CLASSES),
+    )
+
+
+@pytest.mark.parametrize("make", [plain, lone_norm])
+@pytest.mark.parametrize("name", ["cpu-x86-vnni", "cpu-x86-avx2"])
+def test_a_bias_beside_hardly_any_weights_fits_its_integers(name, make, tmp_path):
+    candidate = candidate_of(next_to_nothing(settled(make())))
+    pixels = images(96)[0]
+    quantized = calibrate(candidate, pixels, target=TARGETS[name])
     model = export_onnx(quantized, tmp_path / "m.onnx", name="tiny")
     parity = verify_onnx(quantized, model, Samples(pixels), VerifySection(), threads=1)
     assert parity.max_steps <= 2

@@ -97,6 +97,21 @@ def test_an_lstm_is_left_in_float_by_name(tmp_path):
         calibrate(candidate, VALUES, target=TARGET, keep_float=("bdy",))
 
 
+@pytest.mark.parametrize("name", ["stem", "fc"])
+def test_a_wide_lstm_runs_in_integers_beside_a_layer_in_float(name, tmp_path):
+    _, report, noise = quantized(recurrent(nn.LSTM, 128), tmp_path, keep_float=(name,))
+    assert (report.operators["DynamicQuantizeLSTM"], report.operators["QGemm"]) == (1, 1)
+    assert [layer.name for layer in report.floating] == [name]
+    assert noise < 0.01
+
+
+def test_a_wide_lstm_is_enough_to_run_in_integers(tmp_path):
+    candidate = recurrent(nn.LSTM, 128)
+    integers = calibrate(candidate, VALUES, target=TARGET, keep_float=("stem", "fc"))
+    model = export_onnx(integers, tmp_path / "m.onnx", name="tiny")
+    assert fused_operators(model, threads=1).operators["DynamicQuantizeLSTM"] == 1
+
+
 def test_equal_candidates_give_equal_bytes(tmp_path):
     integers = calibrate(recurrent(nn.LSTM, 128), VALUES, target=TARGET)
     first = export_onnx(integers, tmp_path / "a.onnx", name="tiny").path.read_bytes()

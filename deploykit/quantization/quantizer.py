@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import (
     FakeQuantize,
@@ -23,12 +24,14 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from deploykit.quantization.layers import tensor_of
 from deploykit.quantization.operators import WEIGHTED
 from deploykit.quantization.rules import (
     Parameters,
     QuantizedTensor,
     align,
     integer_kernels,
+    least_scale,
     quantized_tensors,
 )
 from deploykit.targets import Target
@@ -49,6 +52,8 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         exact: specifications of tensors that hold integers on their grid already, such as
             pixels, by key; a pair stands only where they were moved.
         keep_float: names of modules whose layers stay in float.
+        known: parameters of activations, by key, where they are known by now; a weight's scales
+            are then large enough for the integers of its bias.
         moved: whether values that were only moved get pairs too. The integer graph needs them
             to stay in integers; elsewhere they lie on the grid already, and quantizing them
             again would only take time.
@@ -61,6 +66,7 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         exact: Mapping[str, QuantizationSpecBase],
         keep_float: frozenset[str],
         *,
+        known: Exact | None = None,
         moved: bool = False,
     ) -> None:
         super().__init__()
@@ -68,12 +74,15 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
         self._weight = weight
         self._exact = exact
         self._keep_float = keep_float
+        self._known = known
         self._moved = moved
         self._tensors: dict[int, QuantizedTensor] = {}
+        self._keys: dict[Node, str] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark in ``model`` what is quantized and how."""
         for tensor in quantized_tensors(model.graph, self._keep_float):
+            self._keys[tensor.node] = tensor.key
             if tensor.node is tensor.root:
                 if tensor.key not in self._exact:
                     annotation = _annotation(tensor.node)
@@ -93,12 +102,28 @@ class FusionQuantizer(Quantizer):  # type: ignore[misc]
     def prepare_obs_or_fq_callback(
         self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[Any, Any]
     ) -> None:
-        """Write its key on every observer: their own names are numbers in graph order."""
+        """Write its key on every observer: their own names are numbers in graph order.
+
+        A weight's learns how small its scales may be.
+        """
         for place, observer in edge_or_node_to_obs_or_fq.items():
             if isinstance(place, Node):
                 tensor = self._tensors.get(id(place.meta.get("quantization_annotation")))
                 if tensor is not None:
                     observer.tensor_key, observer.aligned = tensor.key, tensor.aligned
+            elif self._known is not None and observer is not None:
+                least = self._least_scales(model, place[1], self._known)
+                observer.eps = torch.maximum(observer.eps, least)
+
+    def _least_scales(self, model: GraphModule, kernel: Node, known: Exact) -> Tensor:
+        """Return the least scale of a weight, or one a channel, that its bias allows."""
+        source, _weight, *rest = kernel.all_input_nodes
+        if not rest or rest[0].op != "get_attr":
+            return torch.zeros(1)
+        while source not in self._keys:  # behind a dropout, or a hard sigmoid of integers
+            source = source.all_input_nodes[0]
+        scale, _ = known[self._keys[source]]
+        return least_scale(tensor_of(model, rest[0]), scale)
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the rules annotate only what they know."""
@@ -113,7 +138,7 @@ def _annotation(node: Node) -> QuantizationAnnotation:
 class AlignedObserver(MovingAverageMinMaxObserver):  # type: ignore[misc]
     """Gives integers on which a hard sigmoid can be computed, see `rules.align`."""
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         scale, zero_point = super().calculate_qparams()
         aligned = align(scale.item(), int(zero_point.item()), self.quant_min, self.quant_max)
@@ -176,6 +201,7 @@ def integer_quantizer(
         _weight(target, PerChannelMinMaxObserver.with_args(eps=EPS)),
         _exact(target, exact),
         keep_float,
+        known={**parameters, **exact},
         moved=moved,
     )
 

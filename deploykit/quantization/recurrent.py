@@ -123,10 +123,14 @@ def ort_quantization() -> Any:
 def _quantize_dynamic(proto: onnx.ModelProto, names: list[str], bits: int) -> onnx.ModelProto:
     """Let ONNX Runtime quantize layers; the others, which it would rename, stay as they are."""
     quantization = ort_quantization()
+    # It transposes weights of linear layers, and then trusts the shapes that the file tells.
+    shapeless = onnx.ModelProto()
+    shapeless.CopyFrom(proto)
+    del shapeless.graph.value_info[:]
     with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
         path = Path(folder) / "dynamic.onnx"
         quantization.quantize_dynamic(
-            proto,
+            shapeless,
             path,
             op_types_to_quantize=["LSTM"],
             nodes_to_quantize=names,

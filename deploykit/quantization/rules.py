@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from deploykit.quantization.layers import is_weighted, module_of
@@ -46,6 +47,8 @@ from deploykit.quantization.operators import (
 
 aten = torch.ops.aten
 Parameters = tuple[float, int]  # scale and zero point
+# Largest integer of a bias: leaves the sums of products room in their 32 bits.
+BIAS_LIMIT = 2.0**28
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,15 @@ def align(scale: float, zero_point: int, low: int, high: int) -> Parameters:
     if steps < 1:
         return scale, zero_point
     return 3 / steps, low + round(below * steps / 3)
+
+
+def least_scale(bias: Tensor, input_scale: float) -> Tensor:
+    """Return the least scale of a weight, one a channel, that leaves room for its bias.
+
+    ONNX Runtime counts a bias in steps of the input's scale times the weight's, in 32 bits: where
+    weights next to nothing stand beside a bias, that would be too many.
+    """
+    return bias.detach().abs() / (input_scale * BIAS_LIMIT)
 
 
 def activations(kernel: Node) -> list[Node]:

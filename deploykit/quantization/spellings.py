@@ -26,6 +26,7 @@ from deploykit.quantization.rules import (
     is_even_mean,
     is_global,
     is_scaling,
+    least_scale,
     moves,
     pooling,
     shape_of,
@@ -136,6 +137,8 @@ def _convolve(
 ) -> Node:
     """Insert a convolution whose weights are equal within a channel, as integers of its scale."""
     scale = weight.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LIMIT
+    if bias is not None:
+        scale = torch.maximum(scale, least_scale(bias, arguments(arguments(node)[0])[1]))
     whole = torch.round(weight / scale.reshape(-1, 1, 1, 1)).to(torch.int8)
     constants = [
         _store(graph, f"{node.name}_{name}", value)
