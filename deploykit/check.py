@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from deploykit.artifacts import Candidate
+from deploykit.artifacts import Candidate, JsonDict
 from deploykit.data import Dataset
 from deploykit.data.pixels import normalize
 from deploykit.errors import ModelError
-from deploykit.job import check_speed_can_be_judged, read_data
+from deploykit.job import check_latencies, read_data
 from deploykit.recipe.sections import Recipe
 from deploykit.start import initial_candidate, student_candidate
 from deploykit.targets import resolve_target
@@ -25,12 +26,14 @@ QAT_COST = 2.0  # steps of quantization-aware training take about twice as long
 PROOF_SECONDS = 15.0  # export, verification and measurement of a stage
 
 
-def check_recipe(recipe: Recipe, *, replayed: bool = False) -> list[str]:
+def check_recipe(
+    recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | None = None
+) -> list[str]:
     """Read the data, build and trace the model, and say what a run would do.
 
     Args:
         recipe: with absolute paths.
-        replayed: whether the latencies come from elsewhere.
+        replay: latencies from elsewhere, for each trial, by stage.
 
     Returns:
         Sentences for the reader, the last one with an estimate of the time.
@@ -38,7 +41,7 @@ def check_recipe(recipe: Recipe, *, replayed: bool = False) -> list[str]:
     Raises:
         DeploykitError: whatever the run itself would raise before it trains.
     """
-    check_speed_can_be_judged(recipe, replayed=replayed)
+    check_latencies(recipe, replay)
     target = resolve_target(recipe.target)
     dataset = read_data(recipe)
     candidate = initial_candidate(recipe, dataset, None)

@@ -94,7 +94,7 @@ def compress(
     """Train, prune and quantize a model as a recipe says."""
     replay = None if latency_table is None else _read_latencies(latency_table)
     if check:
-        _check(recipe, overrides or [], replayed=replay is not None)
+        _check(recipe, overrides or [], replay)
         return
     if out is None:
         raise UsageError("--out: expected a folder for the run, got none; add --out runs/NAME")
@@ -199,14 +199,18 @@ def doctor(
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
-def _check(recipe_file: Path, overrides: list[str], *, replayed: bool) -> None:
+def _check(
+    recipe_file: Path,
+    overrides: list[str],
+    replay: list[dict[str, dict[str, object]]] | None,
+) -> None:
     from deploykit.recipe import load_recipe
     from deploykit.recipe.paths import with_absolute_paths
 
     recipe = with_absolute_paths(load_recipe(recipe_file, overrides), recipe_file.parent)
     from deploykit.check import check_recipe
 
-    for line in check_recipe(recipe, replayed=replayed):
+    for line in check_recipe(recipe, replay):
         typer.echo(line)
     typer.echo("the recipe is sound; nothing was written")
 

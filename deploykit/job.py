@@ -66,8 +66,7 @@ def run_recipe(
         DeploykitError: see `deploykit.errors`.
     """
     run, resuming = RunFolder(out), resume and (out / "recipe.yaml").is_file()
-    check_speed_can_be_judged(recipe, replayed=replay is not None)
-    _check_replay(recipe, replay)
+    check_latencies(recipe, replay)
     if resuming:
         check_same_recipe(run, recipe)
     elif not (run.is_empty() and (resume or force)):
@@ -106,17 +105,23 @@ def read_data(recipe: Recipe) -> Dataset:
     return load_dataset(recipe.data, task=recipe.task, seed=recipe.seed, base=Path())
 
 
-def check_speed_can_be_judged(recipe: Recipe, *, replayed: bool) -> None:
-    """Refuse a speed that this machine cannot measure before hours of work go into it.
+def check_latencies(recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | None) -> None:
+    """Refuse a speed that nothing can judge before hours of work go into it.
 
     Args:
-        recipe: its target and its budget count.
-        replayed: whether the latencies come from elsewhere.
+        recipe: its target, stages and budget count.
+        replay: latencies from elsewhere.
 
     Raises:
-        UsageError: there is no such target.
+        UsageError: there is no such target, or ``replay`` is of another recipe.
         BudgetError: the recipe demands a speed-up on a target that this machine is not.
     """
+    _check_machine(recipe, replayed=replay is not None)
+    _check_replay(recipe, replay)
+
+
+def _check_machine(recipe: Recipe, *, replayed: bool) -> None:
+    """Refuse a speed that only another machine could measure."""
     target, budget, prune = resolve_target(recipe.target), recipe.budget, recipe.prune
     why = why_not_here(target)
     if prune is not None and prune.how_much[0] in {"speedup", "latency_ms"}:
@@ -138,7 +143,7 @@ def check_speed_can_be_judged(recipe: Recipe, *, replayed: bool) -> None:
 
 
 def _check_replay(recipe: Recipe, replay: Sequence[Mapping[str, JsonDict]] | None) -> None:
-    """Refuse measurements that lack a stage, or were taken otherwise, before any work is done."""
+    """Refuse measurements that lack a stage, or were taken otherwise."""
     stages = ["train", *recipe.compressors]
     if recipe.precision_on(resolve_target(recipe.target)) not in {"int8", "fp32"}:
         stages.append("convert")

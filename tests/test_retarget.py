@@ -152,9 +152,12 @@ def test_measurements_tell_where_they_were_taken(make_run):
 @pytest.mark.parametrize("change", [f"target={ELSEWHERE}", "threads=2"])
 def test_latencies_taken_otherwise_are_refused_before_any_work(make_run, tmp_path, change):
     told = rf"--latency-table: expected latencies on .*, got some on {detect_cpu()} with 1;"
+    recipe, replay = recipe_of(change), [table_of(make_run())]
     with pytest.raises(UsageError, match=told):
-        job.run_recipe(recipe_of(change), tmp_path / "run", replay=[table_of(make_run())])
+        job.run_recipe(recipe, tmp_path / "run", replay=replay)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=told):
+        check_recipe(recipe, replay)
 
 
 def test_a_table_with_a_machine_of_no_kind_is_refused(make_run, tmp_path):
@@ -169,8 +172,10 @@ def test_a_table_of_latencies_counts_for_the_check_too(make_run, deploykit, tmp_
     ask = ["compress", tmp_path / "r.yaml", "--check", "--set", "target=web"]
     ask += ["--set", "budget.min_speedup=1.5"]
     assert deploykit(*ask).code == 4
-    table = make_run().path / "measurements.json"
-    assert deploykit(*ask, "--latency-table", table).code == 0
+    table = tmp_path / "measurements.json"
+    for target, code in (("web", 0), ("cuda", 2)):
+        table.write_text(json.dumps({"stages": table_of(make_run(), target=target)}))
+        assert deploykit(*ask, "--latency-table", table).code == code
 
 
 def test_a_drop_is_judged_anywhere(make_run):
