@@ -58,16 +58,16 @@ def _same(path: Path, recipe: str) -> Path:
         _without_folders(one.model_dump(mode="json"))
         for one in (load_recipe(ROOT / recipe), RunFolder(path).recipe())
     )
-    if not (path / "report.json").exists():
-        raise SystemExit(
-            f"--run {path}: expected a finished run, got one without report.json; finish it with "
-            f"deploykit compress {recipe} --out {path} --resume"
-        )
     other = [key for key in wanted if wanted[key] != found[key]]
     if other:
         raise SystemExit(
             f"--run {path}: expected a run of {recipe}, got another {', '.join(other)}; "
             "leave --run out to make one"
+        )
+    if not (path / "report.json").exists():
+        raise SystemExit(
+            f"--run {path}: expected a finished run, got one without report.json; finish it with "
+            f"deploykit compress {recipe} --out {path} --resume"
         )
     return path
 

@@ -141,6 +141,9 @@ def test_a_run_of_another_recipe_is_no_run_of_this_one(load, tmp_path):
     recipe = with_absolute_paths(load_recipe(ROOT / "recipes/cifar10_resnet56.yaml"), tmp_path)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     options = argparse.Namespace(run=tmp_path, trial=False)
+    with pytest.raises(SystemExit, match="expected a finished run"):
+        runs.finished_run("recipes/cifar10_resnet56.yaml", options, tmp_path)
+    (tmp_path / "report.json").write_text("{}")
     assert runs.finished_run("recipes/cifar10_resnet56.yaml", options, tmp_path) == tmp_path
     pruned = recipe.prune.model_copy(update={"speedup": 9.0})
     other = dump_recipe(recipe.model_copy(update={"prune": pruned}))
