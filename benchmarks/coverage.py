@@ -18,8 +18,10 @@ import math
 import multiprocessing
 import resource
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +66,7 @@ keypointrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn_v2
 """
 MODELS, DETECTORS = WHOLE.split(), BOXES.split()
 FOLDER = Path("runs/coverage")
+STOPPED = threading.Event()
 RATIO, BATCHES, PROMISED = 0.5, (1, 2, 7), 70
 # Largest difference of an output, relative to the largest output of the batch.
 TOLERANCE = 1e-3
@@ -175,9 +178,12 @@ def answers(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def channels(module: nn.Module) -> int:
-    """Count the outputs of all convolutions and linear layers."""
+    """Count the outputs of all convolutions and linear layers, torch's attention among them."""
     layers = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
-    return sum(layer.weight.shape[0] for layer in layers)
+    joined = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    return sum(layer.weight.shape[0] for layer in layers) + sum(
+        part.in_proj_weight.shape[0] for part in joined if part.in_proj_weight is not None
+    )
 
 
 def prune(name: str, folder: Path) -> Result:
@@ -306,13 +312,14 @@ def work(name: str, step: str, folder: Path, memory_gib: float) -> None:
     """Do one step in this process, within its memory, and write how far it came."""
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(1)
     library = define_operators()
     path = folder / "result.json"
     result = Result(name) if step == "prune" else read(path)
     try:
         result = prune(name, folder) if step == "prune" else check(result, folder)
-    except Exception as error:  # noqa: BLE001 - a model may fail in any way; the table says how
+    except BaseException as error:  # noqa: BLE001 - a model may fail in any way; the table says how
         result.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     write_json(path, vars(result))
     del library
@@ -355,10 +362,16 @@ def call(name: str, step: str, args: argparse.Namespace) -> str:
     server.set_forkserver_preload(["__main__", "onnxruntime", "onnxscript"])
     process = server.Process(target=work, args=(name, step, args.folder / name, args.memory_gib))
     process.start()
-    process.join(60 * args.minutes)
-    if process.is_alive():
+    stop = time.monotonic() + 60 * args.minutes
+    while process.is_alive() and time.monotonic() < stop and not STOPPED.is_set():
+        process.join(0.2)
+    alive = process.is_alive()
+    if alive:
         process.kill()
         process.join()
+    if process.exitcode and STOPPED.wait(0.5):  # Ctrl-C may have reached it first
+        raise InterruptedError(name)
+    if alive:
         return f"more than {args.minutes:g} minutes"
     return f"the process ended with {process.exitcode}" if process.exitcode else ""
 
@@ -402,7 +415,12 @@ def main() -> int:
         names = ["squeezenet1_1", "lraspp_mobilenet_v3_large"]
         args.folder = Path(tempfile.mkdtemp(prefix="deploykit-"))
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(run, names, repeat(args)))
+        try:
+            results = list(pool.map(run, names, repeat(args)))
+        except KeyboardInterrupt:
+            STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            sys.exit(f"stopped; what is done is kept in {args.folder}")
     first = [found for found in results if found.name not in DETECTORS]
     others = [found for found in results if found.name in DETECTORS]
     whole = len(names) == len(MODELS) + len(DETECTORS)

@@ -223,7 +223,10 @@ def read_setting(options: argparse.Namespace) -> tuple[Recipe, Setting]:
         progress=ConsoleProgress(),
     )
     times = LayerTimes.open(cache_folder(), recipe.threads)
-    record = None if folder is None else folder / "latencies.json"
+    record = None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = folder / "latencies.json"
     latency = LatencyCost(start, resolve_target("cpu"), "int8", times=times, record=record)
     return recipe, Setting(start, dataset, training, latency, options.epochs, options.lr)
 
