@@ -377,10 +377,13 @@ class HeadsOf(nn.Module):
         return self.inner.proj(x.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["float64", "float32"])
 @pytest.mark.parametrize("operator", PLANTED)
-def test_trial_refuses_a_removal_that_a_wrong_rule_asks_for(operator, monkeypatch):
+def test_trial_refuses_a_removal_that_a_wrong_rule_asks_for(operator, large, monkeypatch):
     build, wrong, root = PLANTED[operator]
     monkeypatch.setitem(rules.RULES, operator, wrong)
+    if large:
+        monkeypatch.setattr("deploykit.prune.trial.LARGE", 0)
     module = make(build)
     pruned, notes = prune(module)
     reason = next(why for label, why in notes.left_alone.items() if root in label.split(", "))
