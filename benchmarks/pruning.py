@@ -3,8 +3,8 @@
 ResNet-56 on CIFAR-10 as JPEG, from the weights of `recipes/cifar10_resnet56.yaml`. Torch-Pruning
 removes inner channels of each block, the same share of every layer or ranked over all of them: as
 few as make its model as fast in integers as ours, rounded to the kernels' block or not. Where no
-share does, the fastest one stands beside ours, and nothing is promised of the two. All win back
-accuracy in the same training and are calibrated on the same samples. Checkpoints and measured
+share does, the fastest one stands beside ours, and the details say how much slower it is. All win
+back accuracy in the same training and are calibrated on the same samples. Checkpoints and measured
 latencies are kept in `--folder`, so that an interrupted benchmark goes on, as long as the code is
 the same.
 
@@ -52,7 +52,7 @@ from deploykit.train import Training, recover
 
 RECIPE = ROOT / "recipes/cifar10_resnet56.yaml"
 FOLDER = ROOT / "runs/pruning"
-# Of integers over unpruned integers; channels alone reach the first, not the second.
+# Of integers over unpruned integers, asked of ours.
 SPEEDUPS = (1.2, 1.5)
 GRID = tuple(round(0.05 * place, 2) for place in range(1, 19))  # shares of the channels
 SAME = 1.02  # latencies nearer than this are the same
@@ -197,15 +197,13 @@ def figures_of(
             ours = name
         elif ours:
             lost, (low, high) = paired_drop(found.correct, accuracies[ours].correct)
-            slower = latencies[ours]["1"].ratio / ratio
-            # A model that is slower may well answer better: that is no comparison.
-            bound = 0 if slower <= SAME**2 else None
+            faster = latencies[ours]["1"].ratio / ratio
             figures.append(
-                Figure(f"{ours}: accuracy lost against {name}", lost, "{:.2%}", at_most=bound)
+                Figure(f"{ours}: accuracy lost against {name}", lost, "{:.2%}", at_most=0)
             )
             details.append(
                 f"{name} to {ours}: {lost:.2%} lost (95%: {low:.2%} to {high:.2%}), "
-                f"{slower:.2f}x faster."
+                f"{faster:.2f}x faster."
             )
     return figures, details
 
