@@ -32,7 +32,10 @@ from deploykit.structure import example_input
 from deploykit.targets import Target, can_be_profiled
 from deploykit.widths import Widths, output_width, read_widths
 
-SECONDS = 2.0  # to time a model
+SECONDS, PRECISION = 2.0, 0.02  # to time a model
+# What gives up weights is judged by the least that the rounds allow: their doubt must be smaller
+# than the margin that is judged by.
+JUDGED_PRECISION = 0.01
 
 
 @dataclass(frozen=True)
@@ -153,29 +156,32 @@ class LatencyCost:
 
     def speedup(self, module: nn.Module, removed: Collection[str] = ()) -> float:
         """Return how many times faster than the whole model a pruned one is, as they ship."""
-        key = json.dumps([read_widths(module), sorted(removed)], sort_keys=True)
         structure = {**self.candidate.structure, "removed": sorted(removed)}
         pruned = replace(self.candidate, module=module, structure=structure)
-        return self._speedup(sha256(key.encode()).hexdigest(), pruned, lambda one: one.ratio)
+        return self._speedup(_shape_key(pruned), lambda: self._beside(pruned).ratio)
 
     def compare(self, candidate: Candidate) -> float:
-        """Return how many times faster than the whole model another candidate is, as they ship.
+        """Return how many times faster than the whole model another candidate is shown to be.
 
-        Where the rounds leave that undecided it is 1.
+        As they ship; where the rounds leave that undecided it is the least that they allow.
         """
-        return self._speedup(candidate.stage, candidate, lambda one: one.decided)
+        key = f"{candidate.stage} {_shape_key(candidate)}"
+        return self._speedup(key, lambda: self._beside(candidate, JUDGED_PRECISION).shown)
 
-    def _speedup(self, key: str, candidate: Candidate, judge: Callable[[Latency], float]) -> float:
+    def _speedup(self, key: str, measure: Callable[[], float]) -> float:
         self._read()
         if key not in self._speedups:
-            with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
-                models = {
-                    "whole": self._ship(self.candidate, Path(folder) / "whole.onnx"),
-                    "other": self._ship(candidate, Path(folder) / "other.onnx"),
-                }
-                self._speedups[key] = judge(_batch_one(models, self.times.threads)["other"])
+            self._speedups[key] = measure()
             self._keep()
         return self._speedups[key]
+
+    def _beside(self, candidate: Candidate, precision: float = PRECISION) -> Latency:
+        with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
+            models = {
+                "whole": self._ship(self.candidate, Path(folder) / "whole.onnx"),
+                "other": self._ship(candidate, Path(folder) / "other.onnx"),
+            }
+            return _batch_one(models, self.times.threads, precision)["other"]
 
     @property
     def model(self) -> LatencyModel:
@@ -258,12 +264,21 @@ class LatencyCost:
             self._profile = Profile(profile["measured_ms"], parts, frozenset(profile["integer"]))
 
 
-def _batch_one(models: Mapping[str, OnnxModel], threads: int) -> dict[str, Latency]:
+def _shape_key(candidate: Candidate) -> str:
+    removed = sorted(candidate.structure.get("removed", ()))
+    told = json.dumps([read_widths(candidate.module), removed], sort_keys=True)
+    return sha256(told.encode()).hexdigest()
+
+
+def _batch_one(
+    models: Mapping[str, OnnxModel], threads: int, precision: float = PRECISION
+) -> dict[str, Latency]:
     measured = measure_latency(
         models,
         threads=threads,
         baseline="whole",
         batch_sizes=(1,),
-        seconds_per_model=SECONDS,
+        precision=precision,
+        seconds_per_model=SECONDS * (PRECISION / precision) ** 2,  # as a median narrows
     )
     return {name: latency["1"] for name, latency in measured.items()}

@@ -54,9 +54,7 @@ def make_stages(work: Work, base: Course) -> Course:
         course.add(stage)
         judged = recipe.prune.unless_it_pays != "keep"
         if latency.is_here and (judged or may_try_again(recipe)):
-            removed = stage.candidate.structure.get("removed", ())
-            speedup = latency.speedup(stage.candidate.module, removed)
-            course.judge(stage, recipe.prune, speedup)
+            course.judge(stage, recipe.prune, latency.compare(stage.candidate))
     if recipe.sparsify is not None:
         zeros = recipe.sparsify
         _compress(work, course, zeros, lambda before: sparsify(before, work.training, zeros))

@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from deploykit import latency_model
 from deploykit.cost import count_macs
 from deploykit.latency_model import LatencyCost, LatencyModel, Part
 from deploykit.layer_shapes import layer_shapes
+from deploykit.measure import Latency
 from deploykit.measure.layer_times import LayerTimes
 from deploykit.widths import read_widths
 
@@ -94,6 +97,33 @@ def test_resumed_run_reads_what_was_measured(cost, monkeypatch):
         expected
     )
     assert json.loads(cost.record.read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize(("interval", "known"), [((0.965, 1.002), 0.965), ((1.2, 1.4), 1.3)])
+def test_candidate_is_judged_by_what_the_rounds_have_shown(cost, monkeypatch, interval, known):
+    asked = []
+
+    def measured(models, *, threads, **how):
+        asked.append(how["precision"])
+        return {
+            name: {"1": Latency(1, 1, sum(interval) / 2, interval, 9, 1, 0.02)} for name in models
+        }
+
+    monkeypatch.setattr(latency_model, "measure_latency", measured)
+    monkeypatch.setattr(LatencyCost, "_ship", lambda *_: None)
+    assert cost.compare(cost.candidate) == pytest.approx(known)
+    assert cost.speedup(settled(plain()), ["c1"]) == pytest.approx(sum(interval) / 2)
+    assert asked == [latency_model.JUDGED_PRECISION, latency_model.PRECISION]
+
+
+def test_candidates_of_another_shape_are_measured_on_their_own(cost, monkeypatch):
+    measured = iter([1.5, 1.2])
+    one = replace(cost.candidate, stage="prune")
+    monkeypatch.setattr(LatencyCost, "_beside", lambda *_: SimpleNamespace(shown=next(measured)))
+    narrow = settled(plain())
+    narrow.c2 = nn.Conv2d(8, 4, 3)
+    asked = [one, one, replace(one, module=narrow)]
+    assert [cost.compare(candidate) for candidate in asked] == [1.5, 1.5, 1.2]
 
 
 @pytest.mark.slow

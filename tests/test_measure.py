@@ -235,6 +235,12 @@ def make_latency(interval):
     return Latency(1.0, 1.2, sum(interval) / 2, interval, rounds=20, threads=1, margin=0.02)
 
 
+def test_what_is_shown_of_an_undecided_ratio_is_the_least_that_it_may_be():
+    assert make_latency((0.965, 1.002)).shown == 0.965
+    assert make_latency((1.1, 1.3)).shown == pytest.approx(1.2)
+    assert make_latency((0.7, 0.9)).shown == pytest.approx(0.8)
+
+
 def test_latency_survives_json():
     value = make_latency((1.01, 1.3))
     assert Latency.from_json(json.loads(json.dumps(value.to_json()))) == value

@@ -42,7 +42,7 @@ for name in ("measure_latency", "measure_normalization"):
     quick = partial(getattr(deploykit.stages, name), seconds_per_model=0.05)
     setattr(deploykit.stages, name, quick)
 deploykit.latency_model.SECONDS = 0.05
-deploykit.measure.Latency.decided = 1.0
+deploykit.measure.Latency.decided = deploykit.measure.Latency.shown = 1.0
 from deploykit.cli import main
 main()
 """

@@ -318,7 +318,7 @@ def sized(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         measure_quickly(patch)
         # As fast before as after: that so few rounds say so is a matter of luck.
-        patch.setattr("deploykit.measure.Latency.decided", 1.0)
+        patch.setattr("deploykit.measure.Latency.shown", 1.0)
         return run_recipe(read_recipe(file), folder / "run"), file
 
 
@@ -336,7 +336,7 @@ def test_each_stage_makes_the_file_smaller_and_the_report_says_what_for(sized):
     assert report["details"]["cluster"]["convs.1.weight"] <= 16
     assert "for size alone" in (sized[0].path / "report.html").read_text()
     record = json.loads((sized[0].path / "latencies-sparsify.json").read_text())
-    assert record["speedups"].keys() == {"sparsify"}
+    assert [key.split()[0] for key in record["speedups"]] == ["sparsify"]
 
 
 @slow

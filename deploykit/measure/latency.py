@@ -60,6 +60,11 @@ class Latency:
         """The ratio, 1 where the rounds leave it undecided."""
         return 1.0 if self.verdict == "undecided" else self.ratio
 
+    @property
+    def shown(self) -> float:
+        """The ratio, the least that the rounds allow where they leave it undecided."""
+        return self.interval[0] if self.verdict == "undecided" else self.ratio
+
     def to_json(self) -> JsonDict:
         """Return the fields and the verdict."""
         return {
