@@ -167,3 +167,22 @@ def test_rivals_lose_as_few_channels_as_the_latency_allows(load, monkeypatch, ms
     )
     setting = SimpleNamespace(start=SimpleNamespace(module=None), latency=latency)
     assert pruning.as_fast(setting, "uniform", ms) == (found[0], found)
+
+
+@pytest.mark.parametrize(("right", "held"), [((1, 1, 1, 0), True), ((1, 0, 0, 0), False)])
+def test_ours_is_held_to_the_rival_whose_latency_it_was_asked_for(load, right, held):
+    pruning = load("pruning")
+    answers = {"unpruned": (1, 1, 1, 1), "other": (1, 1, 1, 0), "deploykit as other": right}
+    accuracies = {
+        name: SimpleNamespace(correct=np.array(one, bool), accuracy=np.mean(one))
+        for name, one in answers.items()
+    }
+    speeds = {"unpruned": 1.0, "other": 1.2, "deploykit as other": 1.21}
+    latencies = {name: {"1": SimpleNamespace(ratio=ratio)} for name, ratio in speeds.items()}
+    figures, (detail,) = pruning.figures_of(accuracies, latencies)
+    promised = {figure.name: figure.holds for figure in figures if figure.promise}
+    assert promised == {
+        "deploykit as other: accuracy lost against it": held,
+        "deploykit as other: speed over it": True,
+    }
+    assert f"{0.0 if held else 0.5:.2%} lost" in detail
