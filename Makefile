@@ -67,9 +67,11 @@ docs: $(STAMP) ## write docs/recipe.md from the models
 $(addprefix bench-,architectures coverage): bench-%: $(VISION)/.installed
 	$(VISION)/bin/python benchmarks/$*.py
 
+# bench-latency-model and bench-latency_model are the same.
+bench-%: FILE = benchmarks/$(subst -,_,$*).py
 bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
-	@test -f benchmarks/$*.py || { echo "there is no benchmarks/$*.py" >&2; exit 1; }
-	$(BIN)/python benchmarks/$*.py
+	@test -f $(FILE) || { echo "there is no $(FILE)" >&2; exit 1; }
+	$(BIN)/python $(FILE)
 
 test-vision: $(VISION)/.installed ## test torchvision and timm models in their own environment
 	$(VISION)/bin/python -m pytest tests/vision
