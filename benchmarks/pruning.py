@@ -145,7 +145,8 @@ def theirs(setting: Setting, scope: str, ms: float) -> tuple[str, Candidate]:
     """Return Torch-Pruning's of a latency, trained, and what it is called."""
     ratio, module = as_fast(setting, scope, ms)
     teacher = setting.start.module
-    recover(module, setting.training, setting.recovery, stage=scope, teacher=teacher, hold={})
+    stage = f"{scope}-{SPEEDUP:g}"
+    recover(module, setting.training, setting.recovery, stage=stage, teacher=teacher, hold={})
     name = f"Torch-Pruning {scope} {ratio:.0%}"
     return name, replace(setting.start, module=module, stage="prune")
 
@@ -157,8 +158,8 @@ def prunings(setting: Setting, scopes: tuple[str, ...]) -> Iterator[tuple[str, C
         yield name, rival
         asked = {"latency_ms": setting.latency.measure(rival.module)}
         print(f"deploykit: to {asked['latency_ms']:.3f} ms, as {name}", flush=True)
-        yield f"deploykit as {name}", ours(setting, asked, f"deploykit-{scope}")
-    yield f"deploykit {BEYOND:g}x", ours(setting, {"speedup": BEYOND}, "deploykit-beyond")
+        yield f"deploykit as {name}", ours(setting, asked, f"deploykit-as-{scope}")
+    yield f"deploykit {BEYOND:g}x", ours(setting, {"speedup": BEYOND}, f"deploykit-{BEYOND:g}")
 
 
 def shipped(setting: Setting, candidate: Candidate, path: Path) -> OnnxModel:
