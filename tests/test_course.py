@@ -24,6 +24,8 @@ def train(tmp_path):
     [
         (1.5, 100, True),  # faster
         (1.0, 50, True),  # smaller, and not slower
+        (0.985, 50, True),  # nor by what a measurement can tell
+        (0.965, 50, False),  # it may be slower
         (1.0, 100, False),  # nothing
         (1.01, 98, False),  # nothing that a measurement can tell
         (0.9, 10, False),  # slower, however small

@@ -6,7 +6,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import CALIBRATED, STAGES, measure_quickly, recording_dataset, snapshot
+from tiny_run import (
+    CALIBRATED,
+    RECIPE,
+    STAGES,
+    measure_quickly,
+    read_recipe,
+    recording_dataset,
+    snapshot,
+)
 
 from deploykit import job, pipeline
 from deploykit.artifacts import OnnxModel
@@ -410,3 +418,19 @@ def test_force_replaces_nothing_before_the_new_inputs_are_known_to_be_good(
         done = deploykit("compress", tiny_run.recipe_file, "--out", copy, "--force", "--set", fault)
         assert done.code in {2, 3}, fault
         assert snapshot(copy) == before, fault
+
+
+@slow
+@pytest.mark.parametrize(("shown", "kept"), [(0.965, False), (1.1, True)])
+def test_pruning_is_judged_by_the_speed_that_was_shown(tmp_path, monkeypatch, shown, kept):
+    measure_quickly(monkeypatch)
+    # In doubt for the rounds: what is not shown says nothing here.
+    monkeypatch.setattr("deploykit.measure.Latency.decided", 1.0)
+    monkeypatch.setattr("deploykit.measure.Latency.shown", shown)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        RECIPE.replace("epochs: 1, unless_it_pays: keep}\nquantize", "epochs: 0}\nquantize")
+    )
+    run = job.run_recipe(read_recipe(file), tmp_path / "run")
+    decision = next(one for one in run.report["decisions"] if one["stage"] == "prune")
+    assert decision["kept"] is kept
