@@ -553,6 +553,7 @@ def open_session(
     threads: int = 1,
     providers: Sequence[str] = CPU,
     provider_options: Mapping[str, str] | None = None,
+    config: Mapping[str, str] | None = None,
 ) -> Any:
     """Open verified model bytes.
 
@@ -561,6 +562,7 @@ def open_session(
         threads: threads inside an operator.
         providers: execution providers, best first; the first one is demanded.
         provider_options: of the first provider.
+        config: more entries of the session's configuration.
 
     Raises:
         PackageError: onnxruntime is missing or lacks the provider.
@@ -579,6 +581,8 @@ def open_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(Path(__file__) / "none")
     )
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     try:
         best, *others = providers
         asked = [(best, dict(provider_options or {})), *others]
@@ -607,8 +611,16 @@ def open_bundle(manifest: Mapping[str, Any], contents: Mapping[str, bytes], thre
     return session
 
 
-def open_model(manifest: Mapping[str, Any], contents: Mapping[str, bytes], threads: int) -> Any:
+def open_model(
+    manifest: Mapping[str, Any], contents: Mapping[str, bytes], threads: int, **how: Any
+) -> Any:
     """Open the model of a bundle, whatever it answers here, and check its border.
+
+    Args:
+        manifest: of the bundle.
+        contents: its verified files.
+        threads: of a prediction.
+        how: more arguments of ``open_session``.
 
     Raises:
         PackageError: onnxruntime is older than the model needs.
@@ -620,7 +632,7 @@ def open_model(manifest: Mapping[str, Any], contents: Mapping[str, bytes], threa
             f"{manifest['name']}: expected onnxruntime {needed} or newer, found {installed}; "
             f"install it: pip install 'onnxruntime>={needed}'"
         )
-    session = open_session(contents[MODEL], threads)
+    session = open_session(contents[MODEL], threads, **how)
     for key, nodes in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
         found = [(node.name, _dtype_of(node.type), _shape_of(node.shape)) for node in nodes]
         expected = [(spec["name"], spec["dtype"], spec["shape"]) for spec in manifest[key]]
@@ -843,6 +855,11 @@ def _compare_input(
     return difference
 
 
+def golden_inputs(contents: Mapping[str, bytes]) -> np.ndarray:
+    """Return the inputs of the golden samples, ``(N, ...)`` as the model takes them."""
+    return _read_expected(contents[EXPECTED])["inputs"]
+
+
 def _read_expected(data: bytes) -> dict[str, np.ndarray]:
     import zipfile
 
@@ -917,7 +934,7 @@ def bench(folder: Path, threads: int | None, as_json: bool, seconds: float = 2.0
     manifest, contents = read_bundle(folder)
     threads = threads or manifest["threads"]
     session = open_bundle(manifest, contents, threads)
-    inputs = _read_expected(contents[EXPECTED])["inputs"]
+    inputs = golden_inputs(contents)
     rows = [
         {"batch": size, "threads": threads, **_time(session, inputs, size, seconds)}
         for size in (1, 32)
