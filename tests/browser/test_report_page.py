@@ -1,45 +1,11 @@
 """What a person sees who opens report.html, offline, on a desk and on a phone."""
 
-import os
-import shutil
-from collections.abc import Iterator
-
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from deploykit.report import write_report
+from tests.browser.screen import LETTERS, OVERFLOWING, SIZES, SMALLEST_LETTERS
 from tests.sample_report import sample_report
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SIZES = {"desk": (1280, 900), "phone": (400, 800)}
-SMALLEST_LETTERS = 9.0  # px, as drawn
-
-# What stands out of the page to the right, unless a box around it scrolls.
-OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(element => {
-    if (element.closest(".wide, details:not([open])")) return false;
-    const box = element.getBoundingClientRect();
-    return box.width > 0 && box.right > innerWidth + 1;
-}).map(element => element.tagName + "." + element.className)"""
-LETTERS = """() => Math.min(...[...document.querySelectorAll("body *")].filter(element =>
-    [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())
-    && element.getClientRects().length
-).map(element => {
-    const svg = element.closest("svg");
-    const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
-    return parseFloat(getComputedStyle(element).fontSize) * scale;
-}))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert path, f"expected one of {', '.join(BROWSERS)} on the PATH; install chromium"
-    with sync_playwright() as playwright:
-        # A container seldom lets root have the sandbox of its own.
-        options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=path, args=options)
-        yield browser
-        browser.close()
 
 
 def opened(browser: Browser, path, size: str, scheme: str = "light") -> tuple[Page, list[str]]:
