@@ -13,6 +13,9 @@
     ├── BudgetError           4    a budget does not hold
     ├── BundleError           4    the bundle is not what its manifest says
     ├── MissingDependency     5    install something
+    ├── ServerError           5    see to the server (.status)
+    │   ├── ServerBusy        5    ask again later (.retry_after_s)
+    │   └── RequestRefused    3    mend the request
     └── Interrupted         130    a signal stopped the work (.signal)
 
 The number is the exit code of the command line. A message says where, what was
@@ -111,6 +114,30 @@ class MissingDependency(DeploykitError):
     """Something is not installed; the message holds the install command."""
 
     exit_code = 5
+
+
+class ServerError(DeploykitError):
+    """A server does not answer as it should; ``status`` is None where nothing was answered."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerBusy(ServerError):
+    """The server took nothing, for now; ``retry_after_s`` is what it asks to wait, 0 if nothing."""
+
+    def __init__(self, message: str, status: int, retry_after_s: float = 0) -> None:
+        super().__init__(message, status)
+        self.retry_after_s = retry_after_s
+
+
+class RequestRefused(ServerError):
+    """The server cannot use what was asked: the samples, the model's name, the token."""
+
+    exit_code = 3
 
 
 class Interrupted(DeploykitError):
