@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from deploykit.api import compress as compress
     from deploykit.api import export as export
     from deploykit.api import load_bundle as load_bundle
+    from deploykit.server.start import serve as serve
 
-__all__ = ["__version__", "compress", "export", "load_bundle"]
+__all__ = ["__version__", "compress", "export", "load_bundle", "serve"]
+
+_HOMES = {
+    **dict.fromkeys(("compress", "export", "load_bundle"), "deploykit.api"),
+    "serve": "deploykit.server.start",  # a server has no use for torch, which the api loads
+}
 
 
 def __getattr__(name: str) -> object:
-    if name in {"compress", "export", "load_bundle"}:
-        return getattr(import_module("deploykit.api"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'deploykit' has no attribute {name!r}")

@@ -14,6 +14,7 @@ from deploykit.job import Run, run_recipe
 from deploykit.progress import Progress
 from deploykit.recipe import Recipe, load_recipe, parse_recipe
 from deploykit.recipe.paths import with_absolute_paths
+from deploykit.server.start import serve
 from deploykit.ship import export_run
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from deploykit.data import Dataset
 
-__all__ = ["Run", "compress", "compress_recipe", "export", "load_bundle"]
+__all__ = ["Run", "compress", "compress_recipe", "export", "load_bundle", "serve"]
 
 
 SPLITS = {"train", "validation", "test"}

@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from deploykit import __version__
 from deploykit.errors import DeploykitError, UsageError
+from deploykit.server.settings import Settings
 
 app = typer.Typer(
     name="deploykit",
@@ -163,13 +164,42 @@ def predict(
 
 @app.command()
 def bench(
-    bundle: BundleFolder,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="folder that export wrote")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="default: the bundle's")
     ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="measure this server instead")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="default: the server's first")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="send so many requests a second (open loop)")
+    ] = None,
+    connections: Annotated[
+        int | None,
+        typer.Option("--connections", min=1, max=1024, help="or over so many, as answered [16]"),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="how long [10]")] = None,
+    body: Annotated[
+        Path | None, typer.Option("--body", metavar="FILE", help="sample; default: random numbers")
+    ] = None,
 ) -> None:
-    """Measure a bundle's latency on this machine."""
+    """Measure a bundle's latency on this machine, or a server under load."""
+    if url is not None:
+        _refuse_beside("--url", {"BUNDLE": bundle, "--threads": threads})
+        from deploykit.load.command import Plan, bench_server
+
+        token = os.environ.get("DEPLOYKIT_TOKEN") or None
+        plan = Plan(url, model, rate, connections, seconds, body, token)
+        bench_server(plan, as_json, typer.echo)
+        return
+    if bundle is None:
+        raise UsageError("bench: expected BUNDLE or --url URL, got neither; add one")
+    load = {"--model": model, "--rate": rate, "--connections": connections}
+    _refuse_beside("BUNDLE", {**load, "--seconds": seconds, "--body": body})
     from deploykit import runtime
     from deploykit.bundle import told_as_deploykit
 
@@ -188,6 +218,93 @@ def inspect(
 
 
 @app.command()
+def serve(
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="folders that export wrote")
+    ],
+    host: Annotated[str, typer.Option("--host", help="0.0.0.0: all networks")] = Settings.host,
+    port: Annotated[int, typer.Option("--port", help="0: any that is free")] = Settings.port,
+    workers: Annotated[int, typer.Option("--workers", help="processes")] = Settings.workers,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="of a worker; default: cores / workers")
+    ] = None,
+    require_gpu: Annotated[
+        bool, typer.Option("--require-gpu", help="refuse to compute on the CPU")
+    ] = False,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", help="samples that run together")
+    ] = Settings.max_batch,
+    batch_window_us: Annotated[
+        int,
+        typer.Option("--batch-window-us", help="wait for others so long; 0: while it is busy"),
+    ] = Settings.window_us,
+    queue: Annotated[
+        int, typer.Option("--queue", help="samples that may wait; more get 429")
+    ] = Settings.queue,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="seconds; a request gets 504 after them")
+    ] = Settings.timeout_s,
+    max_body: Annotated[
+        int, typer.Option("--max-body", help="bytes of a body; more get 413")
+    ] = Settings.max_body,
+    max_pixels: Annotated[
+        int, typer.Option("--max-pixels", help="of an image")
+    ] = Settings.max_pixels,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", metavar="FILE", help="clients need it; or DEPLOYKIT_TOKEN"),
+    ] = None,
+    cors_origins: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", metavar="ORIGIN", help="pages that may ask; repeatable"),
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="a line of JSON a request")
+    ] = True,
+    tracing: Annotated[
+        bool, typer.Option("--tracing", help="OpenTelemetry, as BentoML has it")
+    ] = False,
+    grace: Annotated[
+        float, typer.Option("--grace", help="seconds until SIGTERM becomes SIGKILL")
+    ] = Settings.grace_s,
+    drain: Annotated[
+        float, typer.Option("--drain", help="of these: not ready, but taking requests")
+    ] = Settings.drain_s,
+    tls_cert: Annotated[
+        Path | None, typer.Option("--tls-cert", metavar="FILE", help="PEM, with its chain")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="FILE", help="PEM, unencrypted")
+    ] = None,
+) -> None:
+    """Serve bundles over HTTP until Ctrl-C or SIGTERM; SIGHUP loads them anew."""
+    from deploykit.server.start import serve as serve_bundles
+
+    serve_bundles(
+        bundles,
+        host=host,
+        port=port,
+        workers=workers,
+        threads=threads,
+        require_gpu=require_gpu,
+        max_batch=max_batch,
+        batch_window_us=batch_window_us,
+        queue=queue,
+        timeout=timeout,
+        max_body=max_body,
+        max_pixels=max_pixels,
+        token_file=token_file,
+        cors_origins=cors_origins or (),
+        access_log=access_log,
+        tracing=tracing,
+        grace=grace,
+        drain=drain,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -197,6 +314,12 @@ def doctor(
 
     found = examine()
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+
+
+def _refuse_beside(word: str, others: dict[str, object]) -> None:
+    for other, value in others.items():
+        if value is not None:
+            raise UsageError(f"{word} and {other}: expected one of them, got both; drop one")
 
 
 def _check(

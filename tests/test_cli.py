@@ -17,7 +17,6 @@ from deploykit import cli
 from deploykit.recipe.schema import keys
 
 PROGRAM = [sys.executable, "-c", "from deploykit.cli import main; main()"]
-# As in the contract, but for serve.
 COMMANDS = {
     "compress": {"--out", "--set", "--resume", "--force", "--check", "--latency-table"},
     "export": {"--target", "--out", "--force"},
@@ -25,6 +24,12 @@ COMMANDS = {
     "predict": {"--json"},
     "bench": {"--json"},
     "inspect": set(),
+    "serve": {
+        *("--host", "--port", "--workers", "--threads", "--require-gpu"),
+        *("--max-batch", "--batch-window-us", "--queue", "--timeout", "--max-body"),
+        *("--max-pixels", "--token-file", "--cors-origin", "--access-log", "--no-access-log"),
+        *("--tracing", "--grace", "--drain", "--tls-cert", "--tls-key"),
+    },
     "doctor": set(),
 }
 ARGUMENTS = {
@@ -34,6 +39,7 @@ ARGUMENTS = {
     "predict": "FILE...",
     "bench": "BUNDLE",
     "inspect": "RUN|BUNDLE",
+    "serve": "BUNDLE...",
 }
 
 
@@ -83,10 +89,15 @@ def loaded_by(*arguments):
     return {name.split(".")[0] for name in done.stderr.split()}
 
 
-HEAVY = {"torch", "onnxruntime", "numpy", "onnx", "sklearn", "lightning_fabric"}
+HEAVY = {
+    *("torch", "onnxruntime", "numpy", "onnx", "sklearn", "lightning_fabric"),
+    *("bentoml", "uvicorn", "prometheus_client"),
+}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["export", "--help"], ["serve", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     assert loaded_by(*arguments) & HEAVY == set()
 

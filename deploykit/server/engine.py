@@ -19,7 +19,7 @@ from deploykit.targets import CPU, TARGETS
 
 # A pool of threads that spins between runs takes the cores from those that parse requests.
 CONFIG = {"session.intra_op.allow_spinning": "0"}
-WARM_UP_S = 5.0
+WARM_UP_S = 1.0  # a worker that takes a dead one's place is awaited
 
 
 @dataclass(frozen=True)

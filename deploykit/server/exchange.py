@@ -142,7 +142,7 @@ class Exchange:
             "id": self.request_id,
             "client": client[0],
             "method": self.method,
-            "path": self.raw_path[:200].decode("latin-1"),
+            "path": self.raw_path[:200].decode("ascii", "backslashreplace"),
             "status": self.status,
             "model": self.model[0],
             "version": self.model[1],

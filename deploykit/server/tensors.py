@@ -71,7 +71,7 @@ def _cast(flat: list[Any], dtype: np.dtype[Any], where: str) -> np.ndarray:
     """Convert numbers; booleans count as numbers only for a boolean tensor."""
     kinds = set(map(type, flat))
     if dtype.kind in "iu" and float in kinds:  # in JSON Schema 2.0 is an integer too
-        flat = [int(one) if type(one) is float and one.is_integer() else one for one in flat]
+        flat = [int(one) if type(one) is float and _is_exact(one) else one for one in flat]
         kinds = set(map(type, flat))
     kinds_of: dict[str, set[type]] = {"b": {bool}, "f": {int, float}}
     allowed = kinds_of.get(dtype.kind, {int})
@@ -89,6 +89,11 @@ def _cast(flat: list[Any], dtype: np.dtype[Any], where: str) -> np.ndarray:
     if not fits:
         raise Refusal(400, f"{where}: expected {_in_words(dtype)}, got one out of range")
     return array
+
+
+def _is_exact(number: float) -> bool:
+    """Whether a fraction is an integer, and no rounded one: so are those past 64 bits parsed."""
+    return number.is_integer() and abs(number) < 2**53
 
 
 def _in_words(dtype: np.dtype[Any]) -> str:
