@@ -15,7 +15,7 @@ from deploykit.progress import Progress
 from deploykit.recipe import Recipe, load_recipe, parse_recipe
 from deploykit.recipe.paths import with_absolute_paths
 from deploykit.server.start import serve
-from deploykit.ship import export_run
+from deploykit.ship import FIRST_VERSION, export_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,11 +176,16 @@ def compress_recipe(
 
 
 def export(
-    run: Run | Path | str, *, out: Path | str, target: str | None = None, force: bool = False
+    run: Run | Path | str,
+    *,
+    out: Path | str,
+    target: str | None = None,
+    version: str = FIRST_VERSION,
+    force: bool = False,
 ) -> Path:
     """Write the verified bundle of a finished run; see `deploykit.ship.export_run`."""
     path = run.path if isinstance(run, Run) else Path(run)
-    return export_run(path, Path(out), target=target, force=force)
+    return export_run(path, Path(out), target=target, version=version, force=force)
 
 
 def _dataset(data: Any, normalize: Mapping[str, Any] | None, seed: int) -> Dataset:

@@ -125,13 +125,16 @@ def export(
     target: Annotated[
         str | None, typer.Option("--target", help="where it will run; default: the recipe's")
     ] = None,
+    version: Annotated[
+        str, typer.Option("--version", help="of the model; servers tell models apart by it")
+    ] = "1",
     force: Force = False,
 ) -> None:
     """Write the verified bundle of a finished run."""
     from deploykit.progress import ConsoleProgress
     from deploykit.ship import export_run
 
-    export_run(run, out, target=target, force=force, progress=ConsoleProgress())
+    export_run(run, out, target=target, version=version, force=force, progress=ConsoleProgress())
     typer.echo(f"bundle: {out}  (verified)")
 
 

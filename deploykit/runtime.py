@@ -642,6 +642,8 @@ def open_model(
 
 
 def _onnxruntime() -> Any:
+    # Where onnxruntime was built to report its use, it would on every machine of every user.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from deploykit.artifacts import JsonDict, OnnxModel, Signature
 from deploykit.bundle import Golden, write_bundle
 from deploykit.bundle_files import golden_files
 from deploykit.environment import environment
-from deploykit.errors import BudgetError, ModelError
+from deploykit.errors import BudgetError, ModelError, UsageError
 from deploykit.progress import Progress
 from deploykit.publish import refuse_existing
 from deploykit.recipe.sections import Recipe
@@ -25,6 +26,8 @@ from deploykit.targets import Target, resolve_target, suited_targets
 
 # A golden answer may differ by this many steps of the output on another CPU of the target.
 GOLDEN_STEPS = 2.0
+FIRST_VERSION = "1"
+VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NEEDED = {"final", "baseline", "drop", "budget", "environment", "details"}  # of a report.json
 
 
@@ -45,6 +48,7 @@ def export_run(
     out: Path,
     *,
     target: str | None = None,
+    version: str = FIRST_VERSION,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -58,6 +62,7 @@ def export_run(
         run: the folder that ``compress`` wrote.
         out: the bundle's folder.
         target: where it will run; default: the recipe's.
+        version: of the model, by which a server tells it from others of its name.
         force: replace a bundle that stands at ``out``.
         progress: who is told what could not be proven again; default: nobody.
 
@@ -65,12 +70,17 @@ def export_run(
         ``out``.
 
     Raises:
+        UsageError: ``out`` stands already, or the version is none.
         ModelError: ``run`` is not a finished run.
         VerificationError: the run's files were altered, or its model cannot be made for
             ``target``.
         BudgetError: the run's budget does not hold, or not for ``target``.
     """
     refuse_existing(out, force)
+    if not VERSION.fullmatch(version):
+        raise UsageError(
+            f"version: expected up to 64 letters, digits, '.', '_' and '-', got {version[:80]!r}"
+        )
     folder = RunFolder(run)
     recipe, report = folder.recipe(), _finished(folder)
     shipped = report["details"]["model"]
@@ -99,7 +109,7 @@ def export_run(
             shipment.model,
             out,
             name=recipe.name,
-            version="1",
+            version=version,
             target=wanted.name,
             threads=recipe.threads,
             task=recipe.task,

@@ -68,6 +68,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def served_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One bundle for servers that no test alters."""
+    from tiny_bundle import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator["object"]:
     """One run of all three stages that no test alters."""
     from tiny_run import RECIPE, TinyRun, measure_quickly, read_recipe, recording_dataset, snapshot

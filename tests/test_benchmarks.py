@@ -17,7 +17,10 @@ from deploykit.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-HELPERS = {"table", "example", "recipe_run", "against_rivals", "rivals", "vision_operators"}
+HELPERS = {
+    *("table", "example", "recipe_run", "against_rivals", "rivals", "vision_operators"),
+    *("server_run", "served_models", "calls", "wire", "ledger", "gpu_check"),
+}
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from deploykit.recipe.schema import keys
 PROGRAM = [sys.executable, "-c", "from deploykit.cli import main; main()"]
 COMMANDS = {
     "compress": {"--out", "--set", "--resume", "--force", "--check", "--latency-table"},
-    "export": {"--target", "--out", "--force"},
+    "export": {"--target", "--version", "--out", "--force"},
     "verify": set(),
     "predict": {"--json"},
     "bench": {"--json"},

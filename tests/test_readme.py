@@ -21,7 +21,8 @@ DOCUMENTS = [
 
 def blocks(text: str, language: str) -> list[str]:
     """Return the code blocks of a language; ``""`` are those of the shell."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [content for name, content in found if name == language]
 
 
 def typed(text: str) -> list[str]:
@@ -67,6 +68,12 @@ def test_links_of_the_documents_lead_somewhere(name):
     text = (ROOT / name).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert "://" in target or ((ROOT / name).parent / target).exists(), target
+
+
+def test_a_block_of_another_language_hides_none_behind_it():
+    text = "```json\n{}\n```\nwords\n```\ndeploykit shrink x\n```\n"
+    assert blocks(text, "") == ["deploykit shrink x\n"]
+    assert typed(text) == ["deploykit shrink x"]
 
 
 def test_recipe_of_the_readme_is_the_one_that_ships():

@@ -418,3 +418,14 @@ def test_server_loads_no_torch(module):
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert "deploykit" in loaded
     assert loaded.isdisjoint({"torch", "onnx", "lightning_fabric"})
+
+
+def test_bentoml_alone_asks_for_the_token_too(monkeypatch):
+    from deploykit.server.service import settings_from_environment
+
+    monkeypatch.delenv("DEPLOYKIT_SERVE", raising=False)
+    monkeypatch.setenv("DEPLOYKIT_BUNDLES", "a")
+    monkeypatch.delenv("DEPLOYKIT_TOKEN", raising=False)
+    assert settings_from_environment().token is None
+    monkeypatch.setenv("DEPLOYKIT_TOKEN", "secret")
+    assert settings_from_environment().token == "secret"

@@ -37,6 +37,16 @@ def test_two_exports_give_equal_bytes(tiny_run, tmp_path, deploykit):
 
 
 @slow
+def test_a_bundle_bears_the_version_that_it_is_given(tiny_run, tmp_path, deploykit):
+    bundle = tmp_path / "bundle"
+    assert deploykit("export", tiny_run.path, "--version", "1.10", "--out", bundle).code == 0
+    assert json.loads((bundle / "manifest.json").read_text())["version"] == "1.10"
+    for version in ("", "1/2", "1 2", "x" * 65):
+        done = deploykit("export", tiny_run.path, "--version", version, "--out", tmp_path / "no")
+        assert (done.code, "version: expected" in done.err) == (2, True)
+
+
+@slow
 def test_a_bundle_never_takes_the_place_of_a_run(tiny_run, tmp_path, deploykit):
     run = tiny_run.copy(tmp_path / "run")
     before = snapshot(run)

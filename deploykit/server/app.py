@@ -257,11 +257,12 @@ class App:
         _check_classes(served.info)
         kind = kind_of_body(body, exchange.header("content-type") or "")
         bounds = {"max_pixels": settings.max_pixels, "max_batch": settings.max_batch}
+        deadline = self._deadline(exchange)
         with served.held():
             samples = await self._parsed(
                 exchange,
                 served,
-                lambda: read_samples(body, kind, served.info, **bounds),
+                lambda: read_samples(body, kind, served.info, **bounds, deadline=deadline),
                 is_quick=is_quick(body, kind),
             )
             answer = await self._run(exchange, served, samples)
@@ -284,9 +285,13 @@ class App:
             except TimeoutError as error:
                 raise Refusal(504, TOO_LATE) from error
 
+    def _deadline(self, exchange: Exchange) -> float:
+        """Return when a request is given up, by ``time.perf_counter``."""
+        return exchange.started + self._settings.timeout_s
+
     def _left_s(self, exchange: Exchange) -> float:
         """Return the seconds until the request's deadline."""
-        return max(0.0, exchange.started + self._settings.timeout_s - time.perf_counter())
+        return max(0.0, self._deadline(exchange) - time.perf_counter())
 
     async def _run(
         self,

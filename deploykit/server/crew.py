@@ -206,6 +206,7 @@ class Crew:
                 env={
                     **os.environ,
                     "BENTOML_DO_NOT_TRACK": "True",
+                    "ORT_DISABLE_TELEMETRY": "1",
                     "DEPLOYKIT_SERVE": settings.to_json(),
                     "PROMETHEUS_MULTIPROC_DIR": str(self._meters),
                 },

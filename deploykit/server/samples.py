@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from deploykit import runtime
+from deploykit.server.batcher import TOO_LATE
 from deploykit.server.engine import ModelInfo
 from deploykit.server.image_parts import JPEG_MAGIC, PNG_MAGIC, check_parts
 from deploykit.server.refusal import Refusal
@@ -69,7 +71,13 @@ def is_quick(body: bytes, kind: str) -> bool:
 
 
 def read_samples(
-    body: bytes, kind: str, info: ModelInfo, *, max_pixels: int, max_batch: int
+    body: bytes,
+    kind: str,
+    info: ModelInfo,
+    *,
+    max_pixels: int,
+    max_batch: int,
+    deadline: float = math.inf,
 ) -> np.ndarray:
     """Read the samples of a body.
 
@@ -79,12 +87,13 @@ def read_samples(
         info: of the model that is asked.
         max_pixels: of an image.
         max_batch: samples that one request may bring.
+        deadline: by ``time.perf_counter``; no image is begun after it.
 
     Returns:
         ``(N, ...)`` as the model takes them.
 
     Raises:
-        Refusal: 400 with what was expected and what was found.
+        Refusal: 400 with what was expected and what was found, 504 past the deadline.
     """
     if kind == "image":
         return _image(body, info, max_pixels, "body")[np.newaxis]
@@ -93,7 +102,7 @@ def read_samples(
     elif kind == "raw":
         samples = _from_raw(body, info)
     else:
-        samples = _from_json(parse_json(body), info, max_pixels, max_batch)
+        samples = _from_json(parse_json(body), info, max_pixels, max_batch, deadline)
     _check_count(len(samples), max_batch)
     return samples
 
@@ -148,7 +157,9 @@ def _from_raw(body: bytes, info: ModelInfo) -> np.ndarray:
     return checked(array.astype(dtype, copy=False), "body")
 
 
-def _from_json(value: Any, info: ModelInfo, max_pixels: int, max_batch: int) -> np.ndarray:
+def _from_json(
+    value: Any, info: ModelInfo, max_pixels: int, max_batch: int, deadline: float
+) -> np.ndarray:
     """Read ``{"inputs": ...}``, ``{"image": ...}`` or ``{"images": [...]}``; or bare numbers."""
     if isinstance(value, list):
         value = {"inputs": value}
@@ -160,7 +171,8 @@ def _from_json(value: Any, info: ModelInfo, max_pixels: int, max_batch: int) -> 
     if key == "image":
         return _image(_from_base64(content, key), info, max_pixels, key)[np.newaxis]
     if key == "images":
-        return _images(content, info, max_pixels, max_batch)
+        _check_images(content, max_batch)
+        return _images(content, info, max_pixels, deadline)
     if key != "inputs":
         raise Refusal(400, f"body: expected inputs, image or images, got {key[:40]!r}")
     spec = info.manifest["inputs"][0]
@@ -171,14 +183,22 @@ def _from_json(value: Any, info: ModelInfo, max_pixels: int, max_batch: int) -> 
         raise Refusal(400, f"inputs: {error}") from error
 
 
-def _images(content: Any, info: ModelInfo, max_pixels: int, max_batch: int) -> np.ndarray:
+def _check_images(content: Any, max_batch: int) -> None:
+    """Refuse a list that is none, or too long, before anything is decoded."""
     if not isinstance(content, list):
         raise Refusal(400, f"images: expected a list of base64 texts, got {kind_of(content)}")
-    _check_count(len(content), max_batch)  # before anything is decoded
-    decoded = [
-        _image(_from_base64(text, f"images[{at}]"), info, max_pixels, f"images[{at}]")
-        for at, text in enumerate(content)
-    ]
+    _check_count(len(content), max_batch)
+
+
+def _images(
+    content: Sequence[Any], info: ModelInfo, max_pixels: int, deadline: float
+) -> np.ndarray:
+    decoded = []
+    for at, text in enumerate(content):
+        if time.perf_counter() > deadline:
+            raise Refusal(504, TOO_LATE)
+        where = f"images[{at}]"
+        decoded.append(_image(_from_base64(text, where), info, max_pixels, where))
     return np.stack(decoded)
 
 

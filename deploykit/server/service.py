@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before BentoML is loaded
@@ -71,7 +70,7 @@ def settings_from_environment() -> Settings:
     Raises:
         UsageError: neither does.
     """
-    from deploykit.server.start import checked
+    from deploykit.server.start import checked, read_token
 
     if text := os.environ.get(SETTINGS):
         return Settings.from_json(text)
@@ -80,7 +79,7 @@ def settings_from_environment() -> Settings:
         raise UsageError(
             f"{BUNDLES}: expected paths of bundles, separated by {os.pathsep!r}, got none; set it"
         )
-    return checked(Settings(bundles=tuple(str(Path(path).absolute()) for path in bundles)))
+    return checked(Settings(bundles=tuple(bundles), token=read_token(None)))
 
 
 def __getattr__(name: str) -> Any:
