@@ -15,7 +15,7 @@ from tiny_app import PROVIDER, PlantedEngine, run, slow_bundle, table_bundle
 from tiny_bundle import make_bundle
 
 from deploykit.server.batcher import Answer, Batcher
-from deploykit.server.engine import open_engine
+from deploykit.server.engine import _warm, open_engine
 from deploykit.server.meters import Meters, ModelMeters
 from deploykit.server.refusal import Refusal
 
@@ -274,7 +274,9 @@ def test_a_full_queue_says_when_to_come_again_and_an_empty_one_takes_anything() 
         async with batching(queue=4) as (engine, batcher):
             first = await busy(engine, batcher)
             tasks = await waiting(batcher, rows(*range(8)))  # more than the queue: nothing waited
-            with pytest.raises(Refusal, match=r"8 samples waiting \(--queue 4\)") as refused:
+            with pytest.raises(
+                Refusal, match=r"8 samples waiting for 4 places \(--queue 4"
+            ) as refused:
                 await batcher.submit(rows(1), LONG_S)
             assert refused.value.status == 429
             assert int(refused.value.headers["retry-after"]) >= 1
@@ -285,6 +287,74 @@ def test_a_full_queue_says_when_to_come_again_and_an_empty_one_takes_anything() 
             await batcher.submit(rows(1), LONG_S)
 
     run(check())
+
+
+async def _flood(batcher: Batcher, count: int) -> "tuple[list[Any], int]":
+    """Submit until the queue is full, then more; return what was admitted, and how much was not."""
+    tasks = await waiting(batcher, *[rows(1)] * count)
+    refused = [task for task in tasks if task.done() and task.exception() is not None]
+    return [task for task in tasks if task not in refused], len(refused)
+
+
+def test_a_burst_fills_the_queue_and_an_overload_that_lasts_finds_it_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is admitted under an overload waits two runs at most; when it is over, bursts fit."""
+    monkeypatch.setattr("deploykit.server.batcher.OVERLOAD_S", 0.3)
+
+    async def check() -> None:
+        async with batching(max_batch=2, queue=16) as (engine, batcher):
+            for round_ in range(3):
+                first = await busy(engine, batcher)
+                admitted, refused = await _flood(batcher, 20)
+                assert (len(admitted), refused) == ((16, 4) if round_ == 0 else (4, 16))
+                engine.gate.set()
+                await asyncio.gather(first, *admitted)
+            await asyncio.sleep(0.4)
+            first = await busy(engine, batcher)
+            admitted, refused = await _flood(batcher, 16)
+            assert (len(admitted), refused) == (16, 0)
+            engine.gate.set()
+            await asyncio.gather(first, *admitted)
+
+    run(check())
+
+
+def test_a_request_of_more_than_a_batch_runs_alone() -> None:
+    async def check() -> None:
+        async with batching(max_batch=2) as (engine, batcher):
+            first = await busy(engine, batcher)
+            tasks = await waiting(batcher, rows(1, 2, 3), rows(4), rows(5))
+            engine.gate.set()
+            await asyncio.gather(first, *tasks)
+            assert sizes(engine) == [1, 3, 2]
+
+    run(check())
+
+
+class TimedEngine:
+    """Takes so many seconds for a batch."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds = seconds
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        time.sleep(self.seconds(len(batch)))
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pays"),
+    [
+        (lambda size: 0.01, 16),
+        (lambda size: 0.01 * size, 1),
+        (lambda size: 0.01 + 0.0001 * max(0, size - 4) * 100, 4),
+    ],
+    ids=["a batch costs what a sample does", "each sample costs the same", "free up to four"],
+)
+def test_a_batch_is_as_large_as_pays(seconds: Callable[[int], float], pays: int) -> None:
+    engine: Any = TimedEngine(seconds)
+    assert _warm(engine, rows(0), 16) == pays
 
 
 def test_places_that_are_reserved_count_and_come_back() -> None:

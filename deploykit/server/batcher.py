@@ -30,6 +30,8 @@ from deploykit.server.refusal import Refusal
 log = logging.getLogger("deploykit.serve")
 FAULT = "a fault of the server; its log has the cause"
 TOO_LATE = "the deadline passed before the model answered; --timeout sets it"
+OVERLOAD_S = 1.0
+SHORT_RUNS = 2  # what waits under an overload: enough that the session never does
 NOT_FINITE = "the model gave NaN or infinity for this input; expected finite outputs"
 
 
@@ -78,6 +80,8 @@ class Batcher:
     ) -> None:
         self._engine, self._meters = engine, meters
         self._max_batch, self._window_s, self._limit = max_batch, window_us / 1e6, queue
+        self._short = min(queue, SHORT_RUNS * max_batch)
+        self._overloaded_until = 0.0
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
@@ -98,7 +102,7 @@ class Batcher:
         for any more is ended.
 
         Args:
-            samples: ``(N, ...)``, valid for the model, at most ``max_batch`` of them.
+            samples: ``(N, ...)``, valid for the model; more than ``max_batch`` run alone.
             timeout_s: after so many seconds it is given up.
 
         Raises:
@@ -141,13 +145,22 @@ class Batcher:
         await asyncio.to_thread(self._thread.join)
 
     def _admit(self, count: int) -> None:
-        """Take places in the queue; where nothing waits there is always one."""
-        if self._waiting and self._waiting + count > self._limit:
+        """Take places in the queue; where nothing waits there is always one.
+
+        A queue that was full once gets short until all that came for a second found room: a
+        burst may fill it, but under an overload that lasts waiting longer helps nobody (Nichols
+        and Jacobson 2012, https://queue.acm.org/detail.cfm?id=2209336; Maurer 2015,
+        https://queue.acm.org/detail.cfm?id=2839461).
+        """
+        limit = self._limit if self._loop.time() > self._overloaded_until else self._short
+        if self._waiting and self._waiting + count > limit:
+            self._overloaded_until = self._loop.time() + OVERLOAD_S
             seconds = max(1, math.ceil(self._waiting * self._sample_s))
             raise Refusal(
                 429,
                 f"{self._engine.info.name}: expected room for {count} more, got {self._waiting} "
-                f"samples waiting (--queue {self._limit}); try again in {seconds} s",
+                f"samples waiting for {limit} places (--queue {self._limit}, less while it is "
+                f"overloaded); try again in {seconds} s",
                 {"retry-after": str(seconds)},
             )
         self._waiting += count
@@ -226,7 +239,7 @@ class Batcher:
         taken = [self._jobs.popleft()]
         room = self._max_batch - len(taken[0].samples)
         shape = taken[0].samples.shape[1:]
-        for job in list(self._jobs) if room else ():
+        for job in list(self._jobs) if room > 0 else ():
             if job.samples.shape[1:] == shape and len(job.samples) <= room:
                 self._jobs.remove(job)
                 taken.append(job)

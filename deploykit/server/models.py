@@ -181,7 +181,7 @@ class Models:
         batcher = Batcher(
             engine,
             ModelMeters(self.meters, info.name, info.version, info.provider),
-            max_batch=settings.max_batch,
+            max_batch=engine.batch,
             window_us=settings.window_us,
             queue=settings.queue,
         )
