@@ -11,9 +11,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VISION := $(VENV)-vision
 RIVALS := $(VENV)-rivals
+SERVERS := $(VENV)-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs test-vision test-browser clean
+.PHONY: help demo test lint types docs test-vision test-browser gpu-check clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -73,6 +74,9 @@ bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/result
 	@test -f $(FILE) || { echo "there is no $(FILE)" >&2; exit 1; }
 	$(BIN)/python $(FILE)
 
+gpu-check: $(STAMP) ## export and serve on an NVIDIA GPU; says so where there is none
+	$(BIN)/python benchmarks/gpu_check.py
+
 test-vision: $(VISION)/.installed ## test torchvision and timm models in their own environment
 	$(VISION)/bin/python -m pytest tests/vision
 
@@ -101,5 +105,16 @@ $(RIVALS)/.installed: Makefile
 		nncf==3.4.0 openvino==2026.4.0 onnx==1.23.2 onnxruntime==1.31.1 sympy==1.14.0
 	@touch $@
 
+bench-serving bench-bad-requests bench-bad_requests: $(SERVERS)/.installed
+
+# What others serve with, and what derives bad requests from a server's own description.
+$(SERVERS)/.installed: Makefile
+	@rm -f $@
+	@$(PYTHON) -m venv $(SERVERS)
+	@$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		bentoml==1.4.39 fastapi==0.165.0 litserve==0.2.19 schemathesis==4.32.5 \
+		'uvicorn[standard]==0.54.0' onnxruntime==1.31.1 numpy==2.4.6 pillow==13.0.0
+	@touch $@
+
 clean: ## remove environments, runs and bundles
-	rm -rf $(VENV) $(VISION) $(RIVALS) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VISION) $(RIVALS) $(SERVERS) runs bundles .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -58,7 +58,18 @@ def test_another_method_is_told_which_are_allowed(served_tiny: Path) -> None:
 
 
 NOWHERE = (
-    *("//", "/predict/tiny/", "/predict/tiny/versions", "/predict/a/b/c/d", "/v1/models", "/v3"),
+    *(
+        "//",
+        "/predict/",
+        "/v2/",
+        "/docs/",
+        "/v2/models/tiny/",
+        "/predict/tiny/",
+        "/predict/tiny/versions",
+        "/predict/a/b/c/d",
+        "/v1/models",
+        "/v3",
+    ),
     *("/v2/models", "/v2/models/", "/v2/models/tiny/nix", "/v2/models/tiny/infer/", "/V2"),
     *("/v2/models/tiny/versions/1.0/nix", "/v2/repository", "/v2/repository/models/tiny"),
     *("/v2/models/other", "/v2/models/other/infer", "/v2/models//infer", "/v2/models/tiny%00"),

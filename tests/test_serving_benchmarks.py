@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import h11
 import numpy as np
@@ -157,6 +158,8 @@ GOOD = Case("good", (b"",), frozenset({200}), good=b"right")
         (WHOLE, outcome(end="closed"), ["unanswered"]),
         (WHOLE, outcome(end="reset"), ["unanswered"]),
         (WHOLE, outcome(answer(400), answer(400)), ["split"]),
+        (BROKEN, outcome(answer(400), answer(400)), []),
+        (replace(BROKEN, linger_s=0.3), outcome(answer(400), answer(400)), ["split"]),
         (BROKEN, outcome(end="closed"), []),
         (BROKEN, outcome(end="garbled"), ["unanswered"]),
         (BROKEN, outcome(end="hung"), ["hung"]),

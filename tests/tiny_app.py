@@ -32,12 +32,12 @@ Check = Callable[["Asker"], Awaitable[None]]
 # Every path of a server of the model tiny: open without a token, the others, and those of POST.
 OPEN = ("/", "/docs", "/openapi.json", "/static/page.css", "/healthz", "/livez", "/readyz")
 OPEN += ("/v2/health/live", "/v2/health/ready")
-CLOSED = ("/metrics", "/v2", "/v2/", "/v2/models/stats", "/v2/models/tiny", "/v2/models/tiny/")
+CLOSED = ("/metrics", "/v2", "/v2/models/stats", "/v2/models/tiny")
 CLOSED += ("/v2/models/tiny/ready", "/v2/models/tiny/config", "/v2/models/tiny/stats")
 CLOSED += ("/v2/models/tiny/versions/1.0", "/v2/models/tiny/versions/1.0/ready")
 CLOSED += ("/v2/models/tiny/versions/1.0/config", "/v2/models/tiny/versions/1.0/stats")
 CLOSED += ("/v2/repository/index",)
-POSTS = ("/predict", "/predict/", "/predict/tiny", "/predict/tiny/versions/1.0")
+POSTS = ("/predict", "/predict/tiny", "/predict/tiny/versions/1.0")
 POSTS += ("/v2/models/tiny/infer", "/v2/models/tiny/versions/1.0/infer")
 POSTS += ("/v2/repository/models/tiny/load", "/v2/repository/models/tiny/unload")
 

@@ -234,6 +234,7 @@ class App:
         raise Refusal(400, UNLOADED)
 
     async def _infer(self, exchange: Exchange, route: Route) -> None:
+        self._find(exchange, route).batcher.refuse_if_full()
         body = await self._body(exchange)
         served = self._find(exchange, route)
         header = exchange.header(LENGTH_HEADER)
@@ -252,6 +253,7 @@ class App:
 
     async def _predict(self, exchange: Exchange, route: Route) -> None:
         top = exchange.query_number("top", TOP, MAX_TOP)
+        self._find(exchange, route).batcher.refuse_if_full()
         body = await self._body(exchange)
         served, settings = self._find(exchange, route), self._settings
         _check_classes(served.info)

@@ -137,6 +137,15 @@ class Batcher:
             with self._wake:
                 self._leave(count)
 
+    def refuse_if_full(self) -> None:
+        """Spare reading a request that would find no place.
+
+        Raises:
+            Refusal: 429 where the queue is full.
+        """
+        with self._wake:
+            self._check_room(1)
+
     async def close(self) -> None:
         """Answer what is waiting, then end the thread."""
         with self._wake:
@@ -145,7 +154,13 @@ class Batcher:
         await asyncio.to_thread(self._thread.join)
 
     def _admit(self, count: int) -> None:
-        """Take places in the queue; where nothing waits there is always one.
+        """Take places in the queue."""
+        self._check_room(count)
+        self._waiting += count
+        self._meters.waiting.inc(count)
+
+    def _check_room(self, count: int) -> None:
+        """Refuse what finds no place; where nothing waits there is always one.
 
         A queue that was full once gets short until all that came for a second found room: a
         burst may fill it, but under an overload that lasts waiting longer helps nobody (Nichols
@@ -163,8 +178,6 @@ class Batcher:
                 f"overloaded); try again in {seconds} s",
                 {"retry-after": str(seconds)},
             )
-        self._waiting += count
-        self._meters.waiting.inc(count)
 
     def _leave(self, count: int) -> None:
         self._waiting -= count

@@ -264,9 +264,12 @@ class _Outlet:
     """The transport as a request sees it: closing is left to the connection."""
 
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
-        self.write = transport.write
         self.close = connection.close
         self._connection, self._transport = connection, transport
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():  # uvloop raises where nobody is left to read
+            self._transport.write(data)
 
     def is_closing(self) -> bool:
         return self._connection.closing or self._transport.is_closing()

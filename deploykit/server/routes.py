@@ -71,9 +71,8 @@ def resolve(raw_path: bytes) -> Route:
         Refusal: 404, nothing.
     """
     path = raw_path.decode("latin-1")
-    route = FIXED.get(path) or FIXED.get(path.rstrip("/")) if len(path) < MAX_PATH else None
-    if route is not None:
-        return route
+    if path in FIXED:
+        return FIXED[path]
     words = [unquote(word) for word in path.split("/")[1:]] if len(path) < MAX_PATH else []
     if words[:1] == ["static"] and len(words) == 2:
         return Route("page", is_open=True, path=path)
@@ -90,10 +89,14 @@ def _of_model(words: list[str]) -> Route | None:
             return _named(FIXED["/predict"], model)
         case ["predict", model, "versions", version]:
             return _named(FIXED["/predict"], model, version)
-        case ["v2", "models", model, "versions", version, *rest] if "/".join(rest) in OF_MODEL:
-            return _named(OF_MODEL["/".join(rest)], model, version)
-        case ["v2", "models", model, *rest] if "/".join(rest) in OF_MODEL:
-            return _named(OF_MODEL["/".join(rest)], model)
+        case ["v2", "models", model]:
+            return _named(OF_MODEL[""], model)
+        case ["v2", "models", model, "versions", version]:
+            return _named(OF_MODEL[""], model, version)
+        case ["v2", "models", model, "versions", version, word] if word and word in OF_MODEL:
+            return _named(OF_MODEL[word], model, version)
+        case ["v2", "models", model, word] if word and word in OF_MODEL:
+            return _named(OF_MODEL[word], model)
         case ["v2", "repository", "models", model, action] if action in OF_REPOSITORY:
             return _named(OF_REPOSITORY[action], model)
     return None

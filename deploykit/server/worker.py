@@ -16,6 +16,7 @@ import signal
 import socket
 import ssl
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -203,6 +204,7 @@ def main() -> None:
     die_with(supervisor)
     allow_many_connections()
     sys.setswitchinterval(SWITCH_S)
+    warnings.filterwarnings("ignore", module="PIL")  # a client's image is no fault of ours
     uvloop.run(work(listener, control))
     os._exit(0)
 

@@ -1,0 +1,1 @@
+"""Bad requests of every kind, what may come of them, and a server that does worse."""
