@@ -85,7 +85,7 @@ def resolve(raw_path: bytes) -> Route:
 def _of_model(words: list[str]) -> Route | None:
     """Resolve a path that names a model."""
     match words:
-        case ["predict", model]:
+        case ["predict", model] if model:
             return _named(FIXED["/predict"], model)
         case ["predict", model, "versions", version]:
             return _named(FIXED["/predict"], model, version)
