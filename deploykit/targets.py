@@ -42,10 +42,10 @@ class Target:
     def takes_integers_of(self, other: "Target") -> bool:
         """Whether a model quantized for ``other`` has kernels here that answer the same.
 
-        Only sums of unsigned by signed products overflow: kernels for signed activations
-        widen both factors first.
+        Signed activations overflow like unsigned ones: on x86 ONNX Runtime makes them unsigned
+        when it opens a model, unless the session has ``session.qdqisint8allowed``.
         """
-        overflows = other.activation_dtype == "uint8" and other.weight_bits > self.weight_bits
+        overflows = other.weight_bits > self.weight_bits
         symmetric = other.symmetric or not self.symmetric
         return self.precision == "int8" and symmetric and not overflows
 

@@ -20,6 +20,7 @@ from deploykit.quantization.layers import kernels, module_of
 from deploykit.quantization.operators import NORM
 from deploykit.quantization.rules import moves
 from deploykit.recipe.sections import VerifySection
+from deploykit.targets import resolve_target
 
 if TYPE_CHECKING:
     from deploykit.data.dataset import Split
@@ -96,11 +97,28 @@ def verify_onnx(
             f"{candidate.stage}: expected ONNX Runtime to agree with torch on at least "
             f"{section.min_agreement:.1%} of {parity.samples} samples within "
             f"{parity.allowed_steps:g} steps, got {parity.agreement:.1%} and "
-            f"{parity.max_steps:.1f} steps{exactness.remedy}; "
+            f"{parity.max_steps:.1f} steps{exactness.remedy}{_overflow(candidate)}; "
             f"the first layer that diverges is {layer}",
             report={**parity.to_json(), "layer": layer},
         )
     return parity
+
+
+def _overflow(candidate: Candidate) -> str:
+    """Say what to do if this CPU may compute the candidate's integers wrongly, else nothing."""
+    quantization = candidate.structure.get("quantization")
+    if not quantization:
+        return ""
+    here, target = resolve_target("cpu"), resolve_target(quantization["target"])
+    if here.takes_integers_of(target):
+        return ""
+    remedy = "verify it on x86 with VNNI or on ARM"
+    if target.takes_integers_of(here):
+        remedy += f", or set target={here.name}, whose integers answer alike on {target.name}"
+    return (
+        f"; weights of {target.weight_bits} bits can overflow the sums of this CPU "
+        f"({here.name}): {remedy}"
+    )
 
 
 def _batches(count: int) -> list[np.ndarray]:

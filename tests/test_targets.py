@@ -64,7 +64,7 @@ def test_integers_are_right_where_nothing_overflows_and_the_scheme_is_known():
     unsigned = {"cpu-x86-vnni", "cpu-arm64", "web"}
     assert suited("cpu-x86-vnni") == suited("cpu-arm64") == suited("web") == unsigned
     assert suited("cpu-x86-avx2") == {*unsigned, "cpu-x86-avx2"}
-    assert suited("tensorrt") == {*unsigned, "cpu-x86-avx2", "tensorrt"}
+    assert suited("tensorrt") == {*unsigned, "tensorrt"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
