@@ -46,7 +46,8 @@ class Connection(HttpToolsProtocol):
         """Wait for a head."""
         super().connection_made(transport)
         self.wire = transport
-        self.transport = cast(asyncio.Transport, _Outlet(self, transport))
+        self.outlet = _Outlet(self, transport, self.loop)
+        self.transport = cast(asyncio.Transport, self.outlet)
         self.unparsed = 0  # bytes since the parser last got something whole out of them
         self.deaf = False  # whatever comes is dropped
         self.closing = False
@@ -242,6 +243,7 @@ class Connection(HttpToolsProtocol):
         """
         if self.closing:
             return
+        self.outlet.flush()
         more_may_come = self.deaf or (self.cycle is not None and self.cycle.more_body)
         self.closing = self.deaf = True
         self.incoming.clear()
@@ -261,15 +263,32 @@ class Connection(HttpToolsProtocol):
 
 
 class _Outlet:
-    """The transport as a request sees it: closing is left to the connection."""
+    """The transport as a request sees it: closing is left to the connection.
 
-    def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
-        self.close = connection.close
-        self._connection, self._transport = connection, transport
+    What is written in one turn of the loop, the head of an answer and its body, goes out together:
+    a system call takes longer than all that is done for a request beside it.
+    """
+
+    def __init__(
+        self, connection: Connection, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._connection, self._transport, self._loop = connection, transport, loop
+        self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():  # uvloop raises where nobody is left to read
-            self._transport.write(data)
+        if not self._pieces:
+            self._loop.call_soon(self.flush)
+        self._pieces.append(data)
+
+    def flush(self) -> None:
+        if self._pieces:
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            if not self._transport.is_closing():  # uvloop raises where nobody is left to read
+                self._transport.write(data)
+
+    def close(self) -> None:
+        self._connection.close()
 
     def is_closing(self) -> bool:
         return self._connection.closing or self._transport.is_closing()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from functools import cache
+from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import (
@@ -67,7 +68,7 @@ class Meters:
         )
         self.seconds = Histogram(
             "deploykit_request_seconds",
-            "From the head of a request to its answer",
+            "From the head of a request to its answer of 200",
             (*OF_MODEL, "route"),
             buckets=SECONDS,
             registry=registry,
@@ -120,7 +121,8 @@ class Meters:
     def answered(self, model: str, version: str, route: str, status: int, seconds: float) -> None:
         """Count one answer."""
         self._count(model, version, route, status).inc()
-        self._took(model, version, route).observe(seconds)
+        if status == HTTPStatus.OK:
+            self._took(model, version, route).observe(seconds)
 
     def gone(self, name: str, version: str, provider: str) -> None:
         """Note that this worker serves a version no more."""
