@@ -23,9 +23,9 @@ from deploykit.server.access_log import AccessLog
 from deploykit.server.batcher import FAULT, TOO_LATE, Answer
 from deploykit.server.body import ClientGone, read_body
 from deploykit.server.engine import ModelInfo
-from deploykit.server.exchange import Exchange, Scope, Send
+from deploykit.server.exchange import Exchange, Scope, Send, WholeAnswer
 from deploykit.server.guard import PAGE_HEADERS, Guard
-from deploykit.server.meters import CONTENT_TYPE
+from deploykit.server.meters import CONTENT_TYPE, PREDICTIONS
 from deploykit.server.models import Models, Served, not_ready
 from deploykit.server.openapi import MAX_TOP, TOP, openapi
 from deploykit.server.pages import page
@@ -93,6 +93,34 @@ class App:
         finally:
             self._models.in_flight -= 1
             self._tell(exchange)
+
+    def turn_away(self, scope: Scope) -> WholeAnswer | None:
+        """Return the answer to a prediction for which there is no place.
+
+        Args:
+            scope: of the request, which has no headers that matter.
+
+        Returns:
+            None: the request is to be read and answered.
+        """
+        if not self._guard.is_open or scope["method"] != "POST":
+            return None
+        try:
+            route = resolve(scope["raw_path"])
+            if route.name not in PREDICTIONS:
+                return None
+            served = self._models.find(route.model, route.version)
+        except Refusal:
+            return None
+        try:
+            served.batcher.refuse_if_full()
+        except Refusal as refusal:
+            exchange = Exchange(scope, _nothing, _nothing, {})
+            exchange.route, exchange.model = route.name, (served.info.name, served.info.version)
+            answer = exchange.refused(refusal)
+            self._tell(exchange)
+            return answer
+        return None
 
     async def _answer(self, exchange: Exchange) -> None:
         try:
@@ -347,6 +375,10 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(400, f"body: expected a JSON object, got {kind_of(value)}")
     return value
+
+
+async def _nothing(*_: Any) -> Any:
+    """Stand for a connection that is not asked."""
 
 
 def _timing(answer: Answer) -> dict[str, str]:

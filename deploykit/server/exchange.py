@@ -18,6 +18,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
+WholeAnswer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, headers, body
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 MAX_QUERY = 1024
 WATCH_AFTER_S = 0.02  # a client that goes away sooner costs less than the watching
@@ -90,26 +91,30 @@ class Exchange:
 
     async def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send the answer."""
+        status, pairs, content = self.answer(status, body, headers)
+        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+        await self._send({"type": "http.response.body", "body": content})
+
+    def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> WholeAnswer:
+        """Note the answer, and return it as it is sent."""
         self.status, self.sent_bytes = status, len(body)
         told = {**self._extra, **headers, "x-request-id": self.request_id}
         if status != 204:
             told["content-length"] = str(len(body))
         pairs = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in told.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
-        content = b"" if self.method == "HEAD" else body
-        await self._send({"type": "http.response.body", "body": content})
+        return status, pairs, b"" if self.method == "HEAD" else body
 
     async def send_json(self, value: Any, status: int = 200) -> None:
         """Send a JSON value."""
         await self.send(status, orjson.dumps(value), {"content-type": "application/json"})
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Send a refusal; text that no UTF-8 holds is escaped."""
-        sentence = refusal.message.encode("utf-8", "backslashreplace").decode()
-        body = orjson.dumps({"error": sentence})
-        await self.send(
-            refusal.status, body, {"content-type": "application/json", **refusal.headers}
-        )
+        """Send a refusal."""
+        await self.send(*_told(refusal))
+
+    def refused(self, refusal: Refusal) -> WholeAnswer:
+        """Note a refusal, and return it as it is sent."""
+        return self.answer(*_told(refusal))
 
     def watch(self) -> None:
         """Cancel the running task when the client goes away; its whole request has been read."""
@@ -149,3 +154,10 @@ class Exchange:
             "ms": round(1000 * seconds, 3),
             "bytes": self.sent_bytes,
         }
+
+
+def _told(refusal: Refusal) -> tuple[int, bytes, dict[str, str]]:
+    """Return status, body and headers of a refusal; text that no UTF-8 holds is escaped."""
+    sentence = refusal.message.encode("utf-8", "backslashreplace").decode()
+    headers = {"content-type": "application/json", **refusal.headers}
+    return refusal.status, orjson.dumps({"error": sentence}), headers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -26,6 +27,13 @@ ANSWER_S = 9.0  # in which a client has to make room for more of an answer
 IDLE_S = 65  # longer than pools of clients and balancers keep a connection, so that they close it
 LINGER_S = 1.0
 MAX_HEAD = 64 * 1024  # bytes of a head, and of trailers
+# A request with no other headers has no say in its answer but by its body.
+PLAIN = frozenset(
+    (
+        *(b"host", b"user-agent", b"accept", b"accept-encoding", b"content-type"),
+        *(b"content-length", b"connection", b"inference-header-content-length"),
+    )
+)
 MAX_PIPELINED = 64  # requests that wait behind one another on a connection
 
 
@@ -34,9 +42,15 @@ class State(ServerState):
 
     Attributes:
         draining: whether each connection closes with its next answer.
+        turn_away: returns the answer (status, headers, body) to a request that finds no place,
+            given its ASGI scope, or None where the application is to be asked; None: it always is.
     """
 
     draining = False
+
+    def __init__(self, turn_away: Callable[[Any], Any] | None = None) -> None:
+        super().__init__()
+        self.turn_away = turn_away
 
 
 class Connection(HttpToolsProtocol):
@@ -53,6 +67,7 @@ class Connection(HttpToolsProtocol):
         self.closing = False
         self.upgrading = False  # whether the head that was parsed asks for another protocol
         self.persistent = False  # whether the request in work leaves the connection open
+        self.turned_away: bytes | None = None  # the answer to a request without an application
         self.fault: tuple[int, str] | None = None
         self.incoming = Deadline(self.loop, self._came_too_slowly)
         self.outgoing = Deadline(self.loop, transport.abort)
@@ -130,6 +145,9 @@ class Connection(HttpToolsProtocol):
             self._fail(400, f"expected at most {MAX_PIPELINED} requests at once on a connection")
         self.unparsed = 0
         self.incoming.set(self.began + REQUEST_S)
+        self.turned_away = self._turn_away()
+        if self.turned_away is not None:
+            return
         super().on_headers_complete()
         # An answer that is earlier than the end of the body closes the connection: where the
         # client stands then, nobody knows.
@@ -138,7 +156,8 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Hand on a part of the body."""
         self.unparsed = 0
-        super().on_body(body)
+        if self.turned_away is None:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Stop the clock."""
@@ -146,6 +165,11 @@ class Connection(HttpToolsProtocol):
             return
         self.unparsed = 0
         self.incoming.clear()
+        if self.turned_away is not None:
+            self.outlet.write(self.turned_away)
+            self.turned_away = None
+            super().on_response_complete()
+            return
         if not self.cycle.response_started:
             self.cycle.keep_alive = self.persistent and not self.server_state.draining  # type: ignore[attr-defined]
         super().on_message_complete()
@@ -156,6 +180,25 @@ class Connection(HttpToolsProtocol):
         if not self.deaf and self.incoming.due is not None:
             self._expect_request()
 
+    def _turn_away(self) -> bytes | None:
+        """Return the answer to a plain request that the server has no place for.
+
+        Under an overload most requests are refused, and what a refusal costs is taken from those
+        that are answered. So it is made without a task and without the application, as soon as
+        the head is there; whatever is not plain goes the long way.
+        """
+        state = cast(State, self.server_state)
+        idle = (self.cycle is None or self.cycle.response_complete) and not self.pipeline
+        if state.turn_away is None or not idle or state.draining:
+            return None
+        plain = all(name in PLAIN for name, _ in self.headers) and self.parser.should_keep_alive()
+        if not plain or self.parser.get_http_version() != "1.1":
+            return None
+        self.scope["method"] = self.parser.get_method().decode("ascii")
+        self.scope["raw_path"], _, self.scope["query_string"] = self.url.partition(b"?")
+        answer = state.turn_away(self.scope)
+        return None if answer is None else _written(*answer)
+
     def _expect_request(self) -> None:
         self.began = self.loop.time()
         self.incoming.set(self.began + HEAD_S)
@@ -163,7 +206,7 @@ class Connection(HttpToolsProtocol):
     def _came_too_slowly(self) -> None:
         if self.flow.read_paused:  # it is us who do not read
             self._expect_request()
-        elif self.cycle is not None and self.cycle.more_body:
+        elif self.turned_away or (self.cycle is not None and self.cycle.more_body):
             self._refuse(408, f"the body: expected all of it within {REQUEST_S:g} s; send it again")
         elif self.unparsed:
             self._refuse(408, f"the head: expected all of it within {HEAD_S:g} s; send it again")
@@ -326,6 +369,13 @@ def _refusal(status: int, message: str) -> Any:
         await send({"type": "http.response.body", "body": body})
 
     return answer
+
+
+def _written(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """Return a response as HTTP/1.1 has it."""
+    lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
+    lines += [name + b": " + value for name, value in headers]
+    return b"\r\n".join([*lines, b"", body])
 
 
 def _too_large() -> tuple[int, str]:

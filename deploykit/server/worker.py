@@ -49,7 +49,7 @@ class Worker:
         self.models = Models(settings, Meters())
         self.app = App(self.models, settings, self._reload)
         self.front = Front(self.app, self.models)
-        self.state = http.State()
+        self.state = http.State(None if settings.tracing else self.app.turn_away)
         self.door = Door(listener, self.front, self.state, _context(settings))
         self._reloads: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
