@@ -27,7 +27,8 @@ def fill(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise FULL
 
-    monkeypatch.setattr(ask.models.find(None).batcher, "refuse_if_full", refuse)
+    for check in ("refuse_if_full", "expect"):
+        monkeypatch.setattr(ask.models.find(None).batcher, check, refuse)
 
 
 def test_the_short_way_answers_like_the_long_one(
@@ -58,6 +59,23 @@ def test_whoever_may_find_a_place_goes_the_long_way(served_tiny: Path) -> None:
         assert ask.app.turn_away(scope_of("/predict")) is None
 
     serving(check, served_tiny)
+
+
+def test_what_is_let_in_holds_its_place_until_it_begins(served_tiny: Path) -> None:
+    """Heads that come in one burst are all read before the first request begins."""
+
+    async def check(ask: Asker) -> None:
+        async def nothing(*_: Any) -> Any:
+            return {"type": "http.disconnect"}
+
+        burst = [scope_of("/predict") for _ in range(5)]
+        refused = [ask.app.turn_away(scope) is not None for scope in burst]
+        assert refused == [False, False, True, True, True]
+        for scope in burst[:2]:
+            await ask.app({**scope, "path": "/predict"}, nothing, nothing)
+        assert ask.app.turn_away(scope_of("/predict")) is None
+
+    serving(check, served_tiny, queue=2)
 
 
 @pytest.mark.parametrize("settings", [{"token": "secret"}, {"cors": ("https://a.org",)}], ids=str)

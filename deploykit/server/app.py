@@ -40,6 +40,7 @@ log = logging.getLogger("deploykit.serve")
 Reload = Callable[[str | None], Awaitable[None]]
 Parsed = TypeVar("Parsed")
 Handler = Callable[[Exchange, Route], Awaitable[None]]
+PLACE = "deploykit.place"  # in a scope
 EXTENSIONS = [
     *("binary_tensor_data", "classification", "model_configuration"),
     *("model_repository", "statistics"),
@@ -86,6 +87,8 @@ class App:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1002})
             return
+        if PLACE in scope:
+            scope.pop(PLACE).arrived()
         exchange = Exchange(scope, receive, send, self._guard.headers_for(scope))
         self._models.in_flight += 1
         try:
@@ -113,13 +116,14 @@ class App:
         except Refusal:
             return None
         try:
-            served.batcher.refuse_if_full()
+            served.batcher.expect()
         except Refusal as refusal:
             exchange = Exchange(scope, _nothing, _nothing, {})
             exchange.route, exchange.model = route.name, (served.info.name, served.info.version)
             answer = exchange.refused(refusal)
             self._tell(exchange)
             return answer
+        scope[PLACE] = served.batcher  # held until the application begins
         return None
 
     async def _answer(self, exchange: Exchange) -> None:

@@ -86,6 +86,7 @@ class Batcher:
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._waiting = 0  # samples, those reserved among them
+        self._expected = 0  # requests that were let in and have not begun
         self._running: list[_Job] = []
         self._options: Any = None
         self._closing = False
@@ -146,6 +147,21 @@ class Batcher:
         with self._wake:
             self._check_room(1)
 
+    def expect(self) -> None:
+        """Hold a place for a request of which the head was read; `arrived` gives it back.
+
+        Raises:
+            Refusal: 429 where the queue is full.
+        """
+        with self._wake:
+            self._check_room(1)
+            self._expected += 1
+
+    def arrived(self) -> None:
+        """Note that a request that was expected has begun."""
+        with self._wake:
+            self._expected -= 1
+
     async def close(self) -> None:
         """Answer what is waiting, then end the thread."""
         with self._wake:
@@ -168,12 +184,13 @@ class Batcher:
         https://queue.acm.org/detail.cfm?id=2839461).
         """
         limit = self._limit if self._loop.time() > self._overloaded_until else self._short
-        if self._waiting and self._waiting + count > limit:
+        taken = self._waiting + self._expected
+        if taken and taken + count > limit:
             self._overloaded_until = self._loop.time() + OVERLOAD_S
             seconds = max(1, math.ceil(self._waiting * self._sample_s))
             raise Refusal(
                 429,
-                f"{self._engine.info.name}: expected room for {count} more, got {self._waiting} "
+                f"{self._engine.info.name}: expected room for {count} more, got {taken} "
                 f"samples waiting for {limit} places (--queue {self._limit}, less while it is "
                 f"overloaded); try again in {seconds} s",
                 {"retry-after": str(seconds)},

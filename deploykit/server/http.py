@@ -192,10 +192,10 @@ class Connection(HttpToolsProtocol):
         if state.turn_away is None or not idle or state.draining:
             return None
         plain = all(name in PLAIN for name, _ in self.headers) and self.parser.should_keep_alive()
-        if not plain or self.parser.get_http_version() != "1.1":
+        if not plain or b"?" in self.url or self.parser.get_http_version() != "1.1":
             return None
         self.scope["method"] = self.parser.get_method().decode("ascii")
-        self.scope["raw_path"], _, self.scope["query_string"] = self.url.partition(b"?")
+        self.scope["raw_path"] = self.url
         answer = state.turn_away(self.scope)
         return None if answer is None else _written(*answer)
 
