@@ -1,6 +1,7 @@
 """How a server starts, lives through deaths and swaps, and stops: in real processes."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -140,8 +141,16 @@ def test_killed_worker_is_back_within_three_seconds_and_nothing_else_is_lost(pai
     assert load.answers.total() > 100
 
 
+def ignores_signals(process):
+    """Whether it has come so far as to leave SIGTERM to its supervisor."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
 def test_signals_to_workers_alone_change_nothing(pair, image):
+    assert within(5, lambda: all(map(ignores_signals, pair.workers())))
     before = pair.workers()
+    assert len(before) == 2
     for worker in before:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(worker, number)
