@@ -31,7 +31,7 @@ log = logging.getLogger("deploykit.serve")
 FAULT = "a fault of the server; its log has the cause"
 TOO_LATE = "the deadline passed before the model answered; --timeout sets it"
 OVERLOAD_S = 1.0
-SHORT_RUNS = 2  # what waits under an overload: enough that the session never does
+SHORT_RUNS, SHORT_LEAST = 2, 8  # what waits under an overload: so that the session never does
 NOT_FINITE = "the model gave NaN or infinity for this input; expected finite outputs"
 
 
@@ -80,7 +80,7 @@ class Batcher:
     ) -> None:
         self._engine, self._meters = engine, meters
         self._max_batch, self._window_s, self._limit = max_batch, window_us / 1e6, queue
-        self._short = min(queue, SHORT_RUNS * max_batch)
+        self._short = min(queue, max(SHORT_LEAST, SHORT_RUNS * max_batch))
         self._overloaded_until = 0.0
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
