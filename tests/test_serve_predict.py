@@ -281,13 +281,13 @@ def test_work_ends_when_its_client_has_gone(tmp_path: Path) -> None:
     async def check(ask: Asker) -> None:
         asked = asyncio.create_task(ask.post("/predict", {"inputs": [10**9]}))
         await asyncio.sleep(0.1)
-        assert ask.models.in_flight == 1
+        assert ask.models.find(None).users == 1
         ask.gone.set()
         assert (await asked).status == 0  # nobody is told anything
         ask.gone.clear()
         answer = await ask.post("/predict", {"inputs": [1]})
         assert float(answer.headers["server-timing"].split(",")[0][10:]) < 500
         assert 'status="499",version="1.0"} 1.0' in (await ask.get("/metrics")).body.decode()
-        assert ask.models.in_flight == 0
+        assert ask.models.find(None).users == 0
 
     serving(check, slow_bundle(tmp_path), timeout_s=20)

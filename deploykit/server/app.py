@@ -90,11 +90,9 @@ class App:
         if PLACE in scope:
             scope.pop(PLACE).arrived()
         exchange = Exchange(scope, receive, send, self._guard.headers_for(scope))
-        self._models.in_flight += 1
         try:
             await self._answer(exchange)
         finally:
-            self._models.in_flight -= 1
             self._tell(exchange)
 
     def turn_away(self, scope: Scope) -> WholeAnswer | None:

@@ -30,8 +30,10 @@ from deploykit.server.refusal import Refusal
 log = logging.getLogger("deploykit.serve")
 FAULT = "a fault of the server; its log has the cause"
 TOO_LATE = "the deadline passed before the model answered; --timeout sets it"
+# Seconds without a refusal until an overload is over; what may wait meanwhile, in batches and in
+# samples: enough that the session never waits.
 OVERLOAD_S = 1.0
-SHORT_RUNS, SHORT_LEAST = 2, 8  # what waits under an overload: so that the session never does
+SHORT_RUNS, SHORT_LEAST = 2, 8
 NOT_FINITE = "the model gave NaN or infinity for this input; expected finite outputs"
 
 
@@ -178,8 +180,8 @@ class Batcher:
     def _check_room(self, count: int) -> None:
         """Refuse what finds no place; where nothing waits there is always one.
 
-        A queue that was full once gets short until all that came for a second found room: a
-        burst may fill it, but under an overload that lasts waiting longer helps nobody (Nichols
+        A queue that was full gets short, until all that came for a second found room: a burst may
+        fill it, but under an overload that lasts waiting longer helps nobody (Nichols
         and Jacobson 2012, https://queue.acm.org/detail.cfm?id=2209336; Maurer 2015,
         https://queue.acm.org/detail.cfm?id=2839461).
         """

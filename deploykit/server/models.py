@@ -50,13 +50,11 @@ class Models:
     Attributes:
         ready: whether all are loaded and warm.
         draining: whether the server is about to stop; set by the worker.
-        in_flight: requests that are not answered yet; counted by the application.
     """
 
     def __init__(self, settings: Settings, meters: Meters) -> None:
         self.settings, self.meters = settings, meters
         self.ready = self.draining = False
-        self.in_flight = 0
         self._slots: dict[int, Served] = {}
         self._prepared: dict[int, dict[int, Engine]] = {}
         self._versions: dict[str, dict[str, Served]] = {}
