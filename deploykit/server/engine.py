@@ -20,8 +20,9 @@ from deploykit.targets import CPU, TARGETS
 # A pool of threads that spins between runs takes the cores from those that parse requests.
 CONFIG = {"session.intra_op.allow_spinning": "0"}
 WARM_UP_S = 1.0  # a worker that takes a dead one's place is awaited
-TIMED_RUNS = 3
-HAND_OVER_S = 0.0001  # what a run costs beside the session: two threads wake each other
+TIMED_RUNS = 10
+# What a run costs beside the session: two threads wake each other, and share an interpreter.
+HAND_OVER_S = 0.0002
 PAYS = 1.05
 
 
@@ -174,15 +175,22 @@ def _warm(engine: Engine, inputs: np.ndarray, max_batch: int) -> int:
     A larger batch than the smallest that is about as fast a sample as the best makes all of its
     requests wait for each other, and gains nothing.
     """
-    seconds: dict[int, float] = {}  # a sample, by the size of the batch
+    batches: list[np.ndarray] = []
     size, stop = 1, time.perf_counter() + WARM_UP_S
     while size <= max_batch and time.perf_counter() < stop:
-        batch = np.resize(inputs, (size, *inputs.shape[1:]))
-        engine.run(batch)  # memory is planned in the first run
-        seconds[size] = (min(_time(engine, batch) for _ in range(TIMED_RUNS)) + HAND_OVER_S) / size
+        batches.append(np.resize(inputs, (size, *inputs.shape[1:])))
+        engine.run(batches[-1])  # memory is planned in the first run
         size *= 2
-    enough = PAYS * min(seconds.values())
-    return next(size for size, one in seconds.items() if one <= enough)
+    # In turn, so that what disturbs the machine disturbs all sizes.
+    rounds = [[_time(engine, batch) for batch in batches]]
+    while len(rounds) < TIMED_RUNS and time.perf_counter() < stop:
+        rounds.append([_time(engine, batch) for batch in batches])
+    a_sample = {
+        len(batch): (min(seconds) + HAND_OVER_S) / len(batch)
+        for batch, *seconds in zip(batches, *rounds, strict=True)
+    }
+    enough = PAYS * min(a_sample.values())
+    return next(size for size, seconds in a_sample.items() if seconds <= enough)
 
 
 def _time(engine: Engine, batch: np.ndarray) -> float:
