@@ -332,6 +332,24 @@ def test_a_request_of_more_than_a_batch_runs_alone() -> None:
     run(check())
 
 
+def test_a_client_that_goes_as_its_batch_is_done_takes_no_neighbour_with_it() -> None:
+    async def check() -> None:
+        async with batching() as (engine, batcher):
+            first = await busy(engine, batcher)
+            gone, neighbour, another = await waiting(batcher, rows(1), rows(2), rows(3))
+            engine.gate.set()
+            await first
+            time.sleep(0.2)  # the answers are there, and nobody has been told yet
+            assert sizes(engine) == [1, 3]
+            gone.cancel()
+            told = await asyncio.wait_for(asyncio.gather(neighbour, another), LONG_S)
+            assert [one.outputs.ravel().tolist() for one in told] == [[4], [6]]
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+
+    run(check())
+
+
 class TimedEngine:
     """Takes so many seconds for a batch."""
 

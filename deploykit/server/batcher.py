@@ -33,7 +33,7 @@ TOO_LATE = "the deadline passed before the model answered; --timeout sets it"
 # Seconds without a refusal until an overload is over; what may wait meanwhile, in batches and in
 # samples: enough that the session never waits.
 OVERLOAD_S = 1.0
-SHORT_RUNS, SHORT_LEAST = 2, 8
+SHORT_RUNS, SHORT_LEAST = 1.5, 8
 NOT_FINITE = "the model gave NaN or infinity for this input; expected finite outputs"
 
 
@@ -56,12 +56,19 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request that waits or runs; ``alive`` until it is answered or given up."""
+    """One request that waits or runs."""
 
     samples: np.ndarray
     future: asyncio.Future[Answer]
     since: float = field(default_factory=time.perf_counter)
-    alive: bool = True
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still to be answered.
+
+        A request that is cancelled has lost its future at once, and its task hears of it later.
+        """
+        return not self.future.done()
 
 
 class Batcher:
@@ -82,7 +89,7 @@ class Batcher:
     ) -> None:
         self._engine, self._meters = engine, meters
         self._max_batch, self._window_s, self._limit = max_batch, window_us / 1e6, queue
-        self._short = min(queue, max(SHORT_LEAST, SHORT_RUNS * max_batch))
+        self._short = min(queue, max(SHORT_LEAST, int(SHORT_RUNS * max_batch)))
         self._overloaded_until = 0.0
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
@@ -120,10 +127,13 @@ class Batcher:
         timer = self._loop.call_later(timeout_s, self._expire, job)
         try:
             return await job.future
+        except asyncio.CancelledError:
+            self._give_up(job)
+            if not job.future.cancelled():
+                job.future.exception()  # a refusal that came too late is no fault to be logged
+            raise
         finally:
             timer.cancel()
-            if job.alive:  # cancelled
-                self._give_up(job)
 
     @contextmanager
     def reserved(self, count: int) -> Iterator[None]:
@@ -204,12 +214,11 @@ class Batcher:
 
     def _expire(self, job: _Job) -> None:
         if job.alive:
-            self._give_up(job)
             job.future.set_exception(Refusal(504, TOO_LATE))
+            self._give_up(job)
 
     def _give_up(self, job: _Job) -> None:
         """Forget a job: out of the queue, or out of the run, which ends if nobody else waits."""
-        job.alive = False
         with self._wake:
             if job in self._jobs:
                 self._jobs.remove(job)
@@ -303,12 +312,10 @@ class Batcher:
             return
         self._meters.queue.observe(answer.queue_s)
         self._meters.samples.inc(len(answer.outputs))
-        job.alive = False
         job.future.set_result(answer)
 
     def _fail(self, job: _Job, refusal: Refusal) -> None:
         if job.alive:
-            job.alive = False
             job.future.set_exception(refusal)
 
     def _measure(self, samples: int, seconds: float) -> None:
