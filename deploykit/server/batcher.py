@@ -30,10 +30,10 @@ from deploykit.server.refusal import Refusal
 log = logging.getLogger("deploykit.serve")
 FAULT = "a fault of the server; its log has the cause"
 TOO_LATE = "the deadline passed before the model answered; --timeout sets it"
-# Seconds without a refusal until an overload is over; the samples that may wait meanwhile where a
-# batch has fewer: enough that the session never waits.
+# Seconds without a refusal until an overload is over; what may wait meanwhile, in batches and in
+# samples: enough that the session never waits.
 OVERLOAD_S = 1.0
-SHORT_LEAST = 8
+SHORT_RUNS, SHORT_LEAST = 1.25, 8
 NOT_FINITE = "the model gave NaN or infinity for this input; expected finite outputs"
 
 
@@ -89,7 +89,7 @@ class Batcher:
     ) -> None:
         self._engine, self._meters = engine, meters
         self._max_batch, self._window_s, self._limit = max_batch, window_us / 1e6, queue
-        self._short = min(queue, max(SHORT_LEAST, max_batch))
+        self._short = min(queue, max(SHORT_LEAST, int(SHORT_RUNS * max_batch)))
         self._overloaded_until = 0.0
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
