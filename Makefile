@@ -80,7 +80,7 @@ gpu-check: $(STAMP) ## export and serve on an NVIDIA GPU; says so where there is
 test-vision: $(VISION)/.installed ## test torchvision and timm models in their own environment
 	$(VISION)/bin/python -m pytest tests/vision
 
-test-browser: $(VENV)/.browser ## open the report in a real browser (needs chromium or chrome)
+test-browser: $(VENV)/.browser ## test every page in a real browser (needs chromium or chrome)
 	$(BIN)/python -m pytest tests/browser
 
 $(VENV)/.browser: $(STAMP)
@@ -106,6 +106,8 @@ $(RIVALS)/.installed: Makefile
 	@touch $@
 
 bench-serving bench-bad-requests bench-bad_requests: $(SERVERS)/.installed
+
+bench-browser bench-targets: $(VENV)/.browser
 
 # What others serve with, and what derives bad requests from a server's own description.
 $(SERVERS)/.installed: Makefile

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit.artifacts import JsonDict
-from deploykit.bundle import load_bundle
+from deploykit.bundle import Format, load_bundle
 from deploykit.errors import UsageError
 from deploykit.job import Run, run_recipe
 from deploykit.progress import Progress
@@ -181,11 +181,74 @@ def export(
     out: Path | str,
     target: str | None = None,
     version: str = FIRST_VERSION,
+    format: Format | None = None,
+    native: bool = False,
+    mobile: bool = False,
+    data: Any = None,
+    quantize: str | None = None,
+    max_drop: float | None = None,
+    layout: str | None = None,
+    name: str | None = None,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
-    """Write the verified bundle of a finished run; see `deploykit.ship.export_run`."""
+    """Write the verified bundle of a finished run, or of an ONNX file that came from elsewhere.
+
+    Args:
+        run: a run or its folder, or a file that ends in ``.onnx``.
+        out: see `deploykit.ship.export_run`, which has a run's other arguments too.
+        target: likewise.
+        version: likewise.
+        format: likewise.
+        native: likewise.
+        mobile: likewise.
+        data: see `deploykit.foreign.export_foreign`; demanded for an ONNX file, and for it alone.
+        quantize: likewise.
+        max_drop: likewise.
+        layout: likewise.
+        name: likewise.
+        force: replace a bundle that stands at ``out``.
+        progress: who is told how far it is; default: nobody.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        DeploykitError: see `deploykit.errors`.
+    """
     path = run.path if isinstance(run, Run) else Path(run)
-    return export_run(path, Path(out), target=target, version=version, force=force)
+    shared: dict[str, Any] = {
+        "target": target,
+        "version": version,
+        "format": format,
+        "native": native,
+        "mobile": mobile,
+        "force": force,
+        "progress": progress,
+    }
+    foreign = {
+        "data": data,
+        "quantize": quantize,
+        "max_drop": max_drop,
+        "layout": layout,
+        "name": name,
+    }
+    given = {key: value for key, value in foreign.items() if value is not None}
+    if path.suffix.lower() == ".onnx":
+        if data is None:
+            raise UsageError(
+                f"{path}: expected --data beside an ONNX file, got none; name a recipe, a folder of "
+                "classes, or digits: they prove the model"
+            )
+        from deploykit.foreign import export_foreign
+
+        return export_foreign(path, Path(out), **given, **shared)
+    if given:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise UsageError(
+            f"{option}: expected a MODEL.onnx beside it, got {path}; drop it: a run has its own"
+        )
+    return export_run(path, Path(out), **shared)
 
 
 def _dataset(data: Any, normalize: Mapping[str, Any] | None, seed: int) -> Dataset:

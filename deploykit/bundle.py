@@ -6,11 +6,12 @@ bytes of the single files are made in ``bundle_files`` and ``bundle_readme``. Lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,9 +27,18 @@ from deploykit.errors import (
     MissingDependency,
     VerificationError,
 )
-from deploykit.publish import publish_folder, refuse_existing
+from deploykit.publish import (
+    Kind,
+    publish_folder,
+    refuse_existing,
+    told_as_usage,
+    write_atomic,
+)
 
 BATCH_SIZE = 32
+Format = Literal["folder", "zip"]
+# Returns more files of a bundle, given its manifest so far and the files that it has.
+Companion = Callable[[Mapping[str, Any], Mapping[str, bytes]], Mapping[str, bytes]]
 Sample = np.ndarray | Path | str | bytes | bytearray
 
 
@@ -151,6 +161,8 @@ def write_bundle(
     verified_on: Mapping[str, Any],
     tolerance: Mapping[str, Any],
     golden: Golden,
+    companions: Sequence[Companion] = (),
+    format: Format = "folder",
     force: bool = False,
 ) -> Path:
     """Write a bundle, verify it, and only then let it appear at ``destination``.
@@ -159,7 +171,7 @@ def write_bundle(
 
     Args:
         model: one ONNX file without external data.
-        destination: the bundle's folder.
+        destination: the bundle's folder, or its zip file.
         name: as in the recipe.
         version: of the model, such as ``1.0``.
         target: where it will run.
@@ -171,6 +183,8 @@ def write_bundle(
             right for, this one among them.
         tolerance: ``max_abs`` bounds the difference of logits; ``top1``, ``steps``, ``scale``.
         golden: samples with the answers of the model.
+        companions: make what ships beside the model, each given what those before it made.
+        format: a folder, or a zip file of the same files.
         force: replace a bundle that stands there.
 
     Returns:
@@ -181,7 +195,7 @@ def write_bundle(
         BundleError: the model cannot be opened, or has another border than its signature.
         VerificationError: the model does not give the golden answers.
     """
-    refuse_existing(destination, force)
+    refuse_existing(destination, force, kind_of(format))
     model_bytes = model.path.read_bytes()
     manifest = {
         "schema": runtime.SCHEMA,
@@ -203,18 +217,45 @@ def write_bundle(
         "tolerance": dict(tolerance),
     }
     contents = {runtime.MODEL: model_bytes, **golden_files(golden), runtime.RUNNER: _runner()}
+    for companion in companions:
+        contents.update(companion(manifest, contents))
     contents["README.md"] = readme(manifest, sorted(contents)).encode()
-    with publish_folder(destination, force=force) as staging:
-        (staging / "golden").mkdir()
-        for file, data in contents.items():
-            (staging / file).write_bytes(data)
-        (staging / runtime.MANIFEST).write_bytes(seal(manifest, contents))
-        verify_bundle(staging)
+    files = {**contents, runtime.MANIFEST: seal(manifest, contents)}
+    (_publish_zip if format == "zip" else _publish_folder)(destination, files, force)
     return destination
 
 
-def verify_bundle(path: Path) -> JsonDict:
-    """Verify a bundle as strictly as can be: files, runner, golden samples.
+def kind_of(format: Format) -> Kind:
+    """Return what a bundle of a format is to `publish`."""
+    return "zip" if format == "zip" else "bundle"
+
+
+def _publish_folder(destination: Path, files: Mapping[str, bytes], force: bool) -> None:
+    with publish_folder(destination, force=force) as staging:
+        for name, data in files.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_bytes(data)
+        verify_bundle(staging)
+
+
+def _publish_zip(destination: Path, files: Mapping[str, bytes], force: bool) -> None:
+    data = runtime.pack(files)
+    with TemporaryDirectory(prefix="deploykit-") as scratch:
+        staged = Path(scratch) / "bundle.zip"
+        staged.write_bytes(data)
+        verify_bundle(staged)
+    refuse_existing(destination, force, "zip")
+    with told_as_usage(destination):
+        destination.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(destination.absolute(), data)
+
+
+def verify_bundle(path: Path, key: Path | None = None) -> JsonDict:
+    """Verify a bundle as strictly as can be: files, signature, runner, golden samples.
+
+    Args:
+        path: the bundle, a folder or a zip file.
+        key: PEM file of the public key of who must have signed it; None: no signature is checked.
 
     Returns:
         The manifest.
@@ -222,11 +263,16 @@ def verify_bundle(path: Path) -> JsonDict:
     Raises:
         BundleError: the folder is not what its manifest says, or the runner is not the one
             that the bundle's version of deploykit ships.
-        VerificationError: the model does not give the golden answers.
-        MissingDependency: onnxruntime is too old for the model.
+        VerificationError: the model does not give the golden answers, or ``key`` has not signed it.
+        UsageError: the key cannot be used.
+        MissingDependency: onnxruntime is too old for the model, or model-signing is missing.
     """
     with told_as_deploykit():
         manifest, contents = runtime.read_bundle(Path(path))
+        if key is not None:
+            from deploykit.signing import check_manifest
+
+            check_manifest(manifest, runtime.read_signature(Path(path)), key)
         # A runner cannot vouch for itself. Another version's is known by its hash alone.
         same_version = manifest["verified_on"].get("deploykit") == __version__
         if same_version and contents[runtime.RUNNER] != _runner():
@@ -247,7 +293,7 @@ def load_bundle(path: Path | str, threads: int | None = None) -> Bundle:
     where they hold, a line on standard error may say that the bundle was not made for this CPU.
 
     Args:
-        path: the bundle's folder.
+        path: the bundle, a folder or a zip file.
         threads: of a prediction; default: those of the manifest.
 
     Raises:

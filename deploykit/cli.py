@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -30,7 +30,9 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder that compress wrote")]
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that export wrote")]
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="folder or zip file that export wrote")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace what stands at --out")]
 
 
@@ -120,40 +122,106 @@ def compress(
 
 @app.command()
 def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="folder to write")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|MODEL.onnx", help="what compress wrote, or another's model"),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="folder or .zip to write")],
     target: Annotated[
         str | None, typer.Option("--target", help="where it will run; default: the recipe's")
     ] = None,
     version: Annotated[
         str, typer.Option("--version", help="of the model; servers tell models apart by it")
     ] = "1",
+    format: Annotated[  # noqa: A002 - the option's name
+        Literal["folder", "zip"] | None,
+        typer.Option("--format", help="default: as --out ends"),
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="with sample code for C++, Android and iOS")
+    ] = False,
+    mobile: Annotated[
+        bool, typer.Option("--mobile", help="with the ORT file and operators for small builds")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="of MODEL.onnx: a recipe, a folder of classes, or digits"),
+    ] = None,
+    quantize: Annotated[
+        Literal["auto", "ptq", "none"] | None,
+        typer.Option("--quantize", help="of MODEL.onnx [auto: if it pays]"),
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="of MODEL.onnx's accuracy [0.01]")
+    ] = None,
+    layout: Annotated[
+        Literal["nchw", "nhwc"] | None,
+        typer.Option("--layout", help="of MODEL.onnx, where its sizes do not tell"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="of MODEL.onnx's bundle; default: the file's")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write the verified bundle of a finished run."""
+    """Write the verified bundle of a finished run, or of an ONNX file."""
+    from deploykit.api import export as export_any
     from deploykit.progress import ConsoleProgress
-    from deploykit.ship import export_run
 
-    export_run(run, out, target=target, version=version, force=force, progress=ConsoleProgress())
+    export_any(
+        source,
+        out=out,
+        target=target,
+        version=version,
+        format=format,
+        native=native,
+        mobile=mobile,
+        data=data,
+        quantize=quantize,
+        max_drop=max_drop,
+        layout=layout,
+        name=name,
+        force=force,
+        progress=ConsoleProgress(),
+    )
     typer.echo(f"bundle: {out}  (verified)")
 
 
 @app.command()
-def verify(bundle: BundleFolder) -> None:
-    """Check every byte of a bundle and its golden samples."""
-    from deploykit.bundle import verify_bundle
+def sign(
+    bundle: BundlePath,
+    key: Annotated[Path, typer.Option("--key", metavar="PRIVATE.pem", help="of an EC key pair")],
+    force: Annotated[bool, typer.Option("--force", help="replace a signature")] = False,
+) -> None:
+    """Sign a bundle, so that who has the public key can tell it from another's."""
+    from deploykit.signing import sign_bundle
 
-    manifest = verify_bundle(bundle)
+    sign_bundle(bundle, key, force=force)
+    typer.echo(f"{bundle}: signed; deploykit verify --key PUBLIC.pem checks it")
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", metavar="PUBLIC.pem", help="of the pair that it is signed with"),
+    ] = None,
+) -> None:
+    """Check every byte of a bundle and its golden samples, and its signature."""
+    from deploykit.bundle import verify_bundle
+    from deploykit.runtime import about_signature
+
+    manifest = verify_bundle(bundle, key)
     typer.echo(
         f"{bundle}: {manifest['name']} {manifest['version']} for {manifest['target']}: verified, "
         f"{len(manifest['files'])} files; golden samples agree"
     )
-    typer.echo("no signature: the hashes stop accidents, not an attacker")
+    typer.echo(about_signature(bundle) if key is None else f"signed by the owner of {key}")
 
 
 @app.command()
 def predict(
-    bundle: BundleFolder,
+    bundle: BundlePath,
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="images, or .npy arrays")],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
 ) -> None:
@@ -168,7 +236,7 @@ def predict(
 @app.command()
 def bench(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="folder that export wrote")
+        Path | None, typer.Argument(metavar="BUNDLE", help="folder or zip file")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     threads: Annotated[
@@ -218,6 +286,24 @@ def inspect(
     from deploykit.inspection import inspect_folder
 
     typer.echo(inspect_folder(folder))
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="that bench --json printed")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="PAGE.html", help="file to write")],
+    devices: Annotated[
+        bool, typer.Option("--devices", help="what the files are of; the only kind there is")
+    ] = True,
+    force: Force = False,
+) -> None:
+    """Gather what bench --json printed on several devices into one page."""
+    from deploykit.fleet import write_devices
+
+    typer.echo(write_devices(files, out, force=force))
+    typer.echo(f"page: {out}")
 
 
 @app.command()

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
 from deploykit.artifacts import JsonDict
-from deploykit.runtime import cpu_flags
+from deploykit.runtime import cpu_features, cpu_name, usable_cores
 
-# These decide which kernels ONNX Runtime takes for integers and for half precision.
-X86_FEATURES = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-ARM_FEATURES = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 # Distributions that provide a package, the first that is installed counts.
 PACKAGES = {
     "deploykit": ("deploykit",),
@@ -37,8 +33,8 @@ def environment() -> JsonDict:
     """
     return {
         "cpu": cpu_name(),
-        "features": [flag for flag in X86_FEATURES + ARM_FEATURES if flag in cpu_flags()],
-        "cores": _usable_cores(),
+        "features": cpu_features(),
+        "cores": usable_cores(),
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "os": f"{platform.system()} {platform.release()}".strip(),
@@ -54,23 +50,6 @@ def cache_folder() -> Path:
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "deploykit"
-
-
-def cpu_name() -> str | None:
-    """Return the CPU's model name as its maker writes it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip().lower() == "model name":
-                return value.strip()
-    return platform.processor() or None
-
-
-def _usable_cores() -> int | None:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def installed_version(*names: str) -> str | None:

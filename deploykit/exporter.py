@@ -24,6 +24,7 @@ from deploykit.quantization.graphs import quiet
 from deploykit.quantization.layers import module_of, written_layers
 from deploykit.quantization.recurrent import quantize_recurrent
 from deploykit.targets import CPU, resolve_target
+from deploykit.trim import strip
 
 OPSET = 20
 # As the exporter writes it: op='aten.name' or target=torch.ops.aten.name.overload.
@@ -62,7 +63,7 @@ def export_onnx(candidate: Candidate, path: Path, *, name: str) -> OnnxModel:
             proto = quantize_recurrent(proto, graph.graph, keep_float, target.weight_bits)
         _keep_floats(proto.graph)
     proto = convert_floats(proto, precision_of(candidate))
-    _strip(proto)
+    strip(proto)
     if candidate.structure.get("sparse") or candidate.structure.get("clustered"):
         pack_weights(proto.graph)
     proto.graph.name = name
@@ -143,24 +144,6 @@ def _missing_operator(error: BaseException) -> str:
     """Find the operator's name in the chain of the exporter's errors."""
     found = [match for link in _causes(error) if (match := OPERATOR.search(str(link)))]
     return found[-1].group(1) if found else ""
-
-
-def _strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter tells about itself and the machine: paths, traces, shapes."""
-    del proto.metadata_props[:]
-    proto.doc_string = ""
-    graphs = [proto.graph]
-    for graph in graphs:
-        del graph.metadata_props[:]
-        del graph.value_info[:]
-        graph.doc_string = ""
-        for node in graph.node:
-            del node.metadata_props[:]
-            node.doc_string = ""
-            graphs.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
-        for value in [*graph.input, *graph.output, *graph.initializer]:
-            del value.metadata_props[:]
-            value.doc_string = ""
 
 
 def _keep_floats(graph: onnx.GraphProto) -> None:

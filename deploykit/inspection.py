@@ -21,7 +21,7 @@ def inspect_folder(folder: Path) -> str:
         BundleError: it is neither, or a bundle with a broken manifest or altered files.
         ModelError: it is a damaged run.
     """
-    if (folder / "manifest.json").exists():
+    if folder.is_file() or (folder / "manifest.json").exists():
         return "\n".join(_bundle_lines(folder))
     if (folder / "recipe.yaml").exists():
         return "\n".join(_run_lines(RunFolder(folder)))

@@ -22,11 +22,11 @@ from deploykit.errors import UsageError
 
 LOCK = ".lock"
 MANIFEST = "manifest.json"
-Kind = Literal["bundle", "run", "candidate"]
+Kind = Literal["bundle", "zip", "run", "candidate"]
 # What a folder of each kind always holds, and what else it may: one with anything more may not be
 # replaced by --force.
 OUR_FOLDERS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bundle": ((MANIFEST, "model.onnx"), ("run.py", "README.md", "golden")),
+    "bundle": ((MANIFEST, "model.onnx"), ("run.py", "README.md", "golden", "signature.json")),
     "run": (
         ("recipe.yaml", LOCK),
         (
@@ -37,6 +37,8 @@ OUR_FOLDERS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "candidate": (("structure.json",), ("model.safetensors",)),
 }
+# How the zip file of a bundle begins: an entry's head of 30 bytes, and its name.
+ZIP_MAGIC, ZIP_NAME = b"PK\3\4", slice(30, 30 + len(MANIFEST))
 LEFT_OVER = (".*.tmp", ".*.staging", ".DS_Store")  # by this or another program; no loss
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -76,8 +78,9 @@ def write_json(path: Path, value: Any) -> None:
 def refuse_existing(destination: Path, force: bool, kind: Kind = "bundle") -> None:
     """Refuse a destination that stands already, before any work is done for it.
 
-    With ``force`` a folder of the same ``kind``, or an empty one, may be replaced; a link, a
-    file and a folder of anything else may not, lest a mistyped path destroy it.
+    With ``force`` a folder of the same ``kind``, or an empty one, may be replaced, or the zip file
+    of a bundle by another; a link, another file and a folder of anything else may not, lest a
+    mistyped path destroy it.
 
     Raises:
         UsageError: it may not be replaced.
@@ -90,14 +93,17 @@ def refuse_existing(destination: Path, force: bool, kind: Kind = "bundle") -> No
                 f"{destination}: exists already; choose another place, or replace it with --force"
             )
         if found := _foreign(destination, kind):
+            kind_told = "the zip file of a bundle" if kind == "zip" else f"a {kind}"
             raise UsageError(
-                f"{destination}: expected a {kind} to replace, found {found}; choose another place "
-                "or remove it yourself"
+                f"{destination}: expected {kind_told} to replace, found {found}; choose another "
+                "place or remove it yourself"
             )
 
 
 def _foreign(destination: Path, kind: Kind) -> str:
-    """Say what shows that a folder is not of this kind; nothing if it is, or if it is empty."""
+    """Say what shows that something is not of this kind; nothing if it is, or if it is empty."""
+    if kind == "zip":
+        return "" if _is_zip(destination) else "something else"
     if destination.is_symlink() or not destination.is_dir():
         return "something else"
     names = sorted(entry.name for entry in destination.iterdir())
@@ -107,7 +113,26 @@ def _foreign(destination: Path, kind: Kind) -> str:
         return f"a {found}"
     always, others = OUR_FOLDERS[found] if found else ((), ())
     ours = (*always, *others, *LEFT_OVER)
-    return next((f"something else in it, {name}" for name in names if not _fits(name, ours)), "")
+    declared = _declared(destination) if found == "bundle" else set()
+    foreign = (name for name in names if name not in declared and not _fits(name, ours))
+    return next((f"something else in it, {name}" for name in foreign), "")
+
+
+def _declared(bundle: Path) -> set[str]:
+    """Name what a bundle's manifest says that it holds; nothing where it is damaged."""
+    try:
+        files = json.loads((bundle / MANIFEST).read_bytes())["files"]
+        return {name.split("/")[0] for name in files}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def _is_zip(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(ZIP_NAME.stop)
+    return head.startswith(ZIP_MAGIC) and head[ZIP_NAME] == MANIFEST.encode()
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -3,9 +3,9 @@
 This one file is ``deploykit.runtime`` and ships, byte for byte, as every bundle's ``run.py``.
 It needs numpy and onnxruntime, and pillow where image files are read::
 
-    python run.py selftest                  the proof: hashes, golden samples
+    python run.py selftest [--json]         the proof: hashes, golden samples
     python run.py predict FILE... [--json]  image files, or .npy where the model takes arrays
-    python run.py bench [--threads N]       latency on this machine
+    python run.py bench [--json]            latency and memory on this machine
 
 Exit codes: 0 done, 2 bad usage, 3 missing or undecodable input, 4 the bundle is broken or
 failed its test, 5 a package is missing or too old, 130 interrupted.
@@ -28,9 +28,12 @@ import platform
 import re
 import signal
 import stat
+import struct
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,14 +48,24 @@ except ModuleNotFoundError:
 
 SCHEMA = 1
 MANIFEST, MODEL, RUNNER, EXPECTED = "manifest.json", "model.onnx", "run.py", "golden/expected.npz"
+SIGNATURE = "signature.json"  # the one file that may stand beside what the manifest names
 MAX_MANIFEST_BYTES = 2**20
 MAX_FILE_BYTES = 2**31  # an ONNX file cannot be larger
+MAX_SIGNATURE_BYTES = 2**16
+MAX_ARCHIVE_BYTES = 2**32 - 1  # beyond that a zip file has another format
 MAX_FILES = 10_000
 MAX_INPUT_BYTES = 64 * 2**20
 MAX_PIXELS = 25_000_000
 MAX_THREADS = 1024
+MAX_DEVICE_NAME = 80
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 CPU = ("CPUExecutionProvider",)
+TOLD_SCHEMA = 1  # of what selftest and bench print as JSON
+# These decide which kernels onnxruntime takes for integers and for half precision.
+FEATURES = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
 # What the manifest holds; each value is the JSON type, or types, that stand there.
 KEYS: Mapping[str, type | tuple[type, ...]] = {
     "schema": int,
@@ -74,6 +87,7 @@ KEYS: Mapping[str, type | tuple[type, ...]] = {
     "files": dict,
     "digest": str,
 }
+ENTRY_BYTES = 30  # before the name of a zip file's entry: APPNOTE.TXT 6.3.10, 4.3.7
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
@@ -301,45 +315,183 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(rest)).hexdigest()
 
 
-def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Read a bundle and verify every byte of it.
+def read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Read a bundle and verify every byte of it but its signature.
 
     Args:
-        folder: the bundle; it may be reached by a link, but holds none.
+        path: the bundle, a folder or a zip file that `pack` wrote; it may be reached by a link,
+            but holds none.
 
     Returns:
         The manifest, and the verified bytes of every other file by name.
 
     Raises:
-        BrokenBundleError: the folder holds anything else than its manifest says.
+        BrokenBundleError: there is anything else than its manifest says.
     """
-    try:
-        data = _read_file(folder, MANIFEST, MAX_MANIFEST_BYTES)
-        manifest = parse_manifest(data)
-        _check_names(manifest["files"], _list_files(folder))
+    with _told_of(path):
+        files = _open_files(path)
+        manifest = parse_manifest(files.read(MANIFEST, MAX_MANIFEST_BYTES))
+        present = files.names()
+        _check_names(manifest["files"], present)
+        if SIGNATURE in present:
+            _read_signature(files)
         contents = {
-            name: _read_file(folder, name, entry["bytes"])
-            for name, entry in manifest["files"].items()
+            name: files.read(name, entry["bytes"]) for name, entry in manifest["files"].items()
         }
+        altered = [
+            name
+            for name, entry in manifest["files"].items()
+            if not _is_as_declared(contents[name], entry)
+        ]
+        if altered:
+            raise BrokenBundleError(
+                f"differs from its manifest: {', '.join(altered)}; fetch the bundle again",
+                altered=altered,
+            )
+    return manifest, contents
+
+
+def read_signature(path: Path) -> bytes | None:
+    """Return the signature that stands in a bundle, unchecked; None where there is none.
+
+    Raises:
+        BrokenBundleError: it cannot be read.
+    """
+    with _told_of(path):
+        files = _open_files(path)
+        return _read_signature(files) if SIGNATURE in files.names() else None
+
+
+def about_signature(path: Path) -> str:
+    """Say what a signature that nobody has checked is worth."""
+    if read_signature(path) is None:
+        return "no signature: the hashes stop accidents, not an attacker"
+    return f"{SIGNATURE} was not checked: deploykit verify --key PUBLIC.pem checks it"
+
+
+def _read_signature(files: _Folder | _Archive) -> bytes:
+    data = files.read(SIGNATURE, MAX_SIGNATURE_BYTES)
+    if len(data) > MAX_SIGNATURE_BYTES:
+        raise BrokenBundleError(
+            f"{SIGNATURE}: expected at most {MAX_SIGNATURE_BYTES} bytes; sign the bundle again",
+            altered=[SIGNATURE],
+        )
+    return data
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Tell which bundle cannot be read."""
+    try:
+        yield
     except FileNotFoundError as error:
         name = Path(error.filename).name
-        raise BrokenBundleError(f"{folder}: expected a bundle, found no {name}", [name]) from error
+        raise BrokenBundleError(f"{path}: expected a bundle, found no {name}", [name]) from error
     except OSError as error:
         raise BrokenBundleError(f"{error.filename}: cannot be read: {error.strerror}") from error
     except RunnerError as error:
-        error.args = (f"{folder}: {error}",)
+        error.args = (f"{path}: {error}",)
         raise
-    altered = [
-        name
-        for name, entry in manifest["files"].items()
-        if not _is_as_declared(contents[name], entry)
-    ]
-    if altered:
+
+
+def _open_files(path: Path) -> _Folder | _Archive:
+    return _Archive(path) if path.is_file() else _Folder(path)
+
+
+class _Folder:
+    """The files of a bundle that is a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def names(self) -> set[str]:
+        return _list_files(self._path)
+
+    def read(self, name: str, limit: int) -> bytes:
+        return _read_file(self._path, name, limit)
+
+
+class _Archive:
+    """The files of a bundle that is a zip file: read at once, and never unpacked to a disk."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._files = unpack(file.read(MAX_ARCHIVE_BYTES + 1))
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str, limit: int) -> bytes:
+        if name not in self._files:
+            raise BrokenBundleError(f"expected a bundle, found no {name}", [name])
+        return self._files[name][: limit + 1]
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """Return files as a zip file: stored, the manifest first; equal files give equal bytes.
+
+    Every entry is a plain file of 1980-01-01 (APPNOTE.TXT 6.3.10, without extras and comments).
+
+    Raises:
+        ValueError: they are more than such a file can hold, or a name is not ASCII.
+    """
+    entries: list[bytes] = []
+    index: list[bytes] = []
+    at = 0
+    try:
+        for name in sorted(files, key=lambda name: (name != MANIFEST, name)):
+            data, spelled = files[name], name.encode("ascii")
+            size = len(data)
+            about = (20, 0, 0, 0, 33, zlib.crc32(data), size, size, len(spelled), 0)
+            entry = struct.pack("<4s5H3I2H", b"PK\3\4", *about)
+            entries += [entry, spelled, data]
+            mode = (stat.S_IFREG | 0o644) << 16
+            made_by = 20 | 3 << 8  # a system that knows modes
+            index += [
+                struct.pack("<4s6H3I5H2I", b"PK\1\2", made_by, *about, 0, 0, 0, mode, at),
+                spelled,
+            ]
+            at += len(entry) + len(spelled) + size
+        count, length = len(files), sum(map(len, index))
+        end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, at, 0)
+    except struct.error as error:
+        raise ValueError("a zip file holds less than 4 GiB in 65,536 files") from error
+    return b"".join([*entries, *index, end])
+
+
+def unpack(data: bytes) -> dict[str, bytes]:
+    """Return the files of a zip file, if it is what `pack` makes of them, byte for byte.
+
+    So nothing can hide in it: no second entry of a name, no gap, no other size in one header than
+    in another.
+
+    Raises:
+        BrokenBundleError: it is not.
+    """
+    files: dict[str, bytes] = {}
+    at = 0
+    with suppress(struct.error, UnicodeDecodeError):
+        while data.startswith(b"PK\3\4", at) and len(files) < MAX_FILES:
+            size, name_size = struct.unpack_from("<I4xH", data, at + 18)
+            start = at + ENTRY_BYTES + name_size
+            name = data[at + ENTRY_BYTES : start].decode("ascii")
+            if name in files:
+                break
+            files[name] = data[start : start + size]
+            at = start + size
+    if not _is_packed(files, data):
         raise BrokenBundleError(
-            f"{folder}: differs from its manifest: {', '.join(altered)}; fetch the bundle again",
-            altered=altered,
+            "expected a bundle's folder, or a zip file as deploykit writes it; fetch the bundle "
+            "again, or unzip it and name the folder"
         )
-    return manifest, contents
+    return files
+
+
+def _is_packed(files: Mapping[str, bytes], data: bytes) -> bool:
+    try:
+        return pack(files) == data
+    except ValueError:
+        return False
 
 
 def _is_as_declared(data: bytes, entry: Mapping[str, Any]) -> bool:
@@ -385,7 +537,7 @@ def _list_files(folder: Path) -> set[str]:
 
 def _check_names(declared: Mapping[str, Any], present: set[str]) -> None:
     missing = sorted(set(declared) - present)
-    extra = sorted(present - set(declared) - {MANIFEST})
+    extra = sorted(present - set(declared) - {MANIFEST, SIGNATURE})
     if missing or extra:
         found = [f"lacks {name}" for name in missing] + [f"has {name!r} too" for name in extra]
         listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
@@ -501,14 +653,14 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
 
 def _check_files(files: Mapping[str, Any]) -> None:
     for name, entry in files.items():
-        if len(name) > 200 or not FILE_NAME.fullmatch(name) or name == MANIFEST:
+        if len(name) > 200 or not FILE_NAME.fullmatch(name) or name in {MANIFEST, SIGNATURE}:
             raise ValueError(f"files: expected plain relative names, got {name!r}")
         size = entry["bytes"]
         if set(entry) != {"bytes", "sha256"} or type(size) is not int:
             raise ValueError(f"files: {name}: expected bytes and sha256")
         if not 0 <= size <= MAX_FILE_BYTES:
             raise ValueError(f"files: {name}: expected at most {MAX_FILE_BYTES} bytes, got {size}")
-    if len({name.casefold() for name in files}) < len(files):
+    if len({name.casefold() for name in (*files, MANIFEST, SIGNATURE)}) < len(files) + 2:
         raise ValueError("files: expected names that differ in more than case")
     for name in (MODEL, RUNNER, EXPECTED):
         if name not in files:
@@ -897,21 +1049,125 @@ def _check_outputs(
     return largest
 
 
+# This machine.
+
+
+def describe_device(name: str | None = None) -> dict[str, Any]:
+    """Describe this machine; what cannot be found out is None or empty.
+
+    Args:
+        name: what it is called; default: what it calls itself in its network.
+    """
+    return {
+        "name": name or platform.node() or "unnamed",
+        "cpu": cpu_name(),
+        "machine": platform.machine(),
+        "cpu_target": detect_cpu(),
+        "features": cpu_features(),
+        "cores": usable_cores(),
+        "os": f"{platform.system()} {platform.release()}".strip(),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_features() -> list[str]:
+    """Name those features of this CPU that decide how fast it computes; empty where unknown."""
+    return [flag for flag in FEATURES if flag in cpu_flags()]
+
+
+def cpu_name() -> str | None:
+    """Return the CPU's model name as its maker writes it; that of the board on some of ARM."""
+    with suppress(OSError), Path("/proc/cpuinfo").open(errors="replace") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip().lower() == "model name":
+                return value.strip()
+    with suppress(OSError):
+        return Path("/proc/device-tree/model").read_text(errors="replace").strip("\0\n ")
+    return platform.processor() or None
+
+
+def usable_cores() -> int | None:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def resident_bytes() -> int | None:
+    """Return how much memory of this process is resident; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """Return the highest resident memory of this process so far; None where nothing tells."""
+    highest = _status_bytes("VmHWM")
+    if highest is not None:
+        return highest
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    # Not on Linux: there it starts at what the *parent* held when it started this process.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _status_bytes(key: str) -> int | None:
+    """Return a figure of Linux about this process."""
+    with suppress(OSError), Path("/proc/self/status").open(errors="replace") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name == key:
+                return 1024 * int(value.split()[0])
+    return None
+
+
 # The commands.
 
 
-def selftest(folder: Path) -> None:
-    """Verify the files and run the golden samples."""
+def selftest(folder: Path, as_json: bool = False) -> None:
+    """Verify the files, run the golden samples, and say what they ran on."""
     manifest, contents = read_bundle(folder)
+    signature = about_signature(folder)
     session = open_model(manifest, contents, manifest["threads"])
-    found = judge_here(manifest, contents, session)
-    if found["grey_levels"]:
+    golden = judge_here(manifest, contents, session)
+    told = _about(manifest, session, manifest["threads"], describe_device())
+    if as_json:
+        proof = {"files": len(contents), "golden": _passed(golden), "signature": signature}
+        print(json.dumps({**told, **proof}))
+        return
+    if golden["grey_levels"]:
         print("note: this image decoder differs from the bundle's by one grey level")
     print(
         f"{manifest['name']} {manifest['version']}: {len(contents)} files as in the manifest; "
-        f"{found['samples']} golden samples answer as they did (largest difference "
-        f"{found['max_abs']:.3g}, allowed {manifest['tolerance']['max_abs']:.3g})"
+        f"{golden['samples']} golden samples answer as they did (largest difference "
+        f"{golden['max_abs']:.3g}, allowed {manifest['tolerance']['max_abs']:.3g})"
     )
+    features = " ".join(told["device"]["features"]) or "no features known"
+    print(
+        f"{told['provider']} of onnxruntime {told['onnxruntime']}, {told['threads']} threads, "
+        f"on {told['device']['cpu_target']} ({features})"
+    )
+    print(signature)
+
+
+def _about(
+    manifest: Mapping[str, Any], session: Any, threads: int, device: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Say what was run on what."""
+    return {
+        "schema": TOLD_SCHEMA,
+        **{key: manifest[key] for key in ("name", "version", "target", "digest")},
+        "device": device,
+        "onnxruntime": _onnxruntime().__version__,
+        "provider": session.get_providers()[0],
+        "threads": threads,
+    }
+
+
+def _passed(golden: Mapping[str, Any]) -> dict[str, Any]:
+    return {**golden, "passed": True}  # what fails never gets here
 
 
 def predict(folder: Path, files: Sequence[str], as_json: bool) -> None:
@@ -931,25 +1187,62 @@ def predict(folder: Path, files: Sequence[str], as_json: bool) -> None:
         print(f"{answer['file']}: {best}" + (f" ({', '.join(others)})" if others else ""))
 
 
-def bench(folder: Path, threads: int | None, as_json: bool, seconds: float = 2.0) -> None:
-    """Print the latency at batch 1 and 32 on the golden inputs."""
+def bench(
+    folder: Path,
+    threads: int | None,
+    as_json: bool,
+    seconds: float = 2.0,
+    *,
+    device: str | None = None,
+) -> None:
+    """Print the latency at batch 1 and 32 on the golden inputs, and memory.
+
+    The golden samples are run first: figures of a model that answers otherwise mean nothing.
+
+    Args:
+        folder: the bundle.
+        threads: of a prediction; default: those of the manifest.
+        as_json: print one JSON object, for `deploykit report --devices`.
+        seconds: how long each batch size is timed, at least.
+        device: what this machine is called; default: its own name.
+    """
     manifest, contents = read_bundle(folder)
     threads = threads or manifest["threads"]
-    session = open_bundle(manifest, contents, threads)
+    _onnxruntime()  # what it takes to be imported is not the model's
+    before = resident_bytes()
+    session = open_model(manifest, contents, threads)
+    grown = _growth(before, resident_bytes())
+    golden = judge_here(manifest, contents, session)
     inputs = golden_inputs(contents)
     rows = [
         {"batch": size, "threads": threads, **_time(session, inputs, size, seconds)}
         for size in (1, 32)
     ]
+    memory = {"peak_bytes": peak_bytes(), "model_bytes": grown}
     if as_json:
-        about = {key: manifest[key] for key in ("name", "version", "target")}
-        print(json.dumps({**about, "onnxruntime": _onnxruntime().__version__, "latency": rows}))
+        told = {
+            **_about(manifest, session, threads, describe_device(device)),
+            "latency": rows,
+            "memory": memory,
+            "golden": _passed(golden),
+            "accuracy": manifest["measured"].get("accuracy"),
+        }
+        print(json.dumps(told))
         return
     for row in rows:
         print(
             f"batch {row['batch']}: median {row['median_ms']:.3f} ms, p90 {row['p90_ms']:.3f} ms, "
             f"{row['samples_per_second']:.0f} samples/s ({threads} threads, {row['runs']} runs)"
         )
+    print(f"memory: peak {_mib(memory['peak_bytes'])}, of which the model {_mib(grown)}")
+
+
+def _growth(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else max(0, after - before)
+
+
+def _mib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:.1f} MiB"
 
 
 def _time(session: Any, inputs: np.ndarray, size: int, seconds: float) -> dict[str, Any]:
@@ -976,12 +1269,14 @@ def _time(session: Any, inputs: np.ndarray, size: int, seconds: float) -> dict[s
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="Verify and run this bundle.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("selftest", help="verify hashes and golden samples")
+    command = commands.add_parser("selftest", help="verify hashes and golden samples")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     command = commands.add_parser("predict", help="classify files")
     command.add_argument("files", nargs="+", metavar="FILE", help="image, or .npy array")
     command.add_argument("--json", action="store_true", help="print one JSON array")
-    command = commands.add_parser("bench", help="time the model on this machine")
+    command = commands.add_parser("bench", help="measure the model on this machine")
     command.add_argument("--threads", type=_threads, metavar="N", help="default: as measured")
+    command.add_argument("--device", type=_device, metavar="NAME", help="of this machine")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -992,17 +1287,25 @@ def _threads(text: str) -> int:
     return int(text)
 
 
+def _device(text: str) -> str:
+    if not (0 < len(text) <= MAX_DEVICE_NAME and text.isprintable()):
+        raise argparse.ArgumentTypeError(
+            f"expected 1 to {MAX_DEVICE_NAME} printable characters, got {text!r}"
+        )
+    return text
+
+
 def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> int:
     """Run one command on the bundle in ``folder`` (that of this file) and return its exit code."""
     options = _parser().parse_args(arguments)
     folder = folder or Path(__file__).absolute().parent
     try:
         if options.command == "selftest":
-            selftest(folder)
+            selftest(folder, options.json)
         elif options.command == "predict":
             predict(folder, options.files, options.json)
         else:
-            bench(folder, options.threads, options.json)
+            bench(folder, options.threads, options.json, device=options.device)
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

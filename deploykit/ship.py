@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from deploykit.artifacts import JsonDict, OnnxModel, Signature
-from deploykit.bundle import Golden, write_bundle
+from deploykit.bundle import Companion, Format, Golden, kind_of, write_bundle
 from deploykit.bundle_files import golden_files
 from deploykit.environment import environment
 from deploykit.errors import BudgetError, ModelError, UsageError
@@ -49,6 +49,9 @@ def export_run(
     *,
     target: str | None = None,
     version: str = FIRST_VERSION,
+    format: Format | None = None,
+    native: bool = False,
+    mobile: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -60,9 +63,13 @@ def export_run(
 
     Args:
         run: the folder that ``compress`` wrote.
-        out: the bundle's folder.
-        target: where it will run; default: the recipe's.
+        out: the bundle's folder, or its zip file.
+        target: where it will run; default: the recipe's. A bundle for ``web`` is a web site too.
         version: of the model, by which a server tells it from others of its name.
+        format: ``folder`` or ``zip``; default: as the suffix of ``out`` says.
+        native: whether samples of code for C++, Android and iOS ship too.
+        mobile: whether the model ships in ONNX Runtime's own format too, with the list of its
+            operators, from which small builds of ONNX Runtime for phones are made.
         force: replace a bundle that stands at ``out``.
         progress: who is told what could not be proven again; default: nobody.
 
@@ -76,11 +83,9 @@ def export_run(
             ``target``.
         BudgetError: the run's budget does not hold, or not for ``target``.
     """
-    refuse_existing(out, force)
-    if not VERSION.fullmatch(version):
-        raise UsageError(
-            f"version: expected up to 64 letters, digits, '.', '_' and '-', got {version[:80]!r}"
-        )
+    format = format or format_of(out)
+    refuse_existing(out, force, kind_of(format))
+    check_version(version)
     folder = RunFolder(run)
     recipe, report = folder.recipe(), _finished(folder)
     shipped = report["details"]["model"]
@@ -91,7 +96,7 @@ def export_run(
     if precision == recipe.precision_on(made_for):
         precision = shipped["precision"]
     fits = precision == shipped["precision"] and (
-        precision != "int8" or wanted.scheme == made_for.scheme
+        precision != "int8" or wanted.scheme == made_for.scheme or _is_proven_for(wanted, made_for)
     )
     with TemporaryDirectory(prefix="deploykit-") as scratch:
         if fits:
@@ -115,11 +120,61 @@ def export_run(
             task=recipe.task,
             measured=shipment.measured,
             measured_on=shipment.measured_on,
-            verified_on={**shipment.verified_on, "targets": suited_targets(precision, wanted)},
+            verified_on={
+                **shipment.verified_on,
+                "targets": suited_targets(precision, made_for if fits else wanted),
+            },
             tolerance=_tolerance(shipment.parity),
             golden=shipment.golden,
+            companions=companions(wanted, native=native, mobile=mobile),
+            format=format,
             force=force,
         )
+
+
+def check_version(version: str) -> None:
+    """Refuse what cannot stand in a URL as the version of a model.
+
+    Raises:
+        UsageError: it is not plain.
+    """
+    if not VERSION.fullmatch(version):
+        raise UsageError(
+            f"version: expected up to 64 letters, digits, '.', '_' and '-', got {version[:80]!r}"
+        )
+
+
+def format_of(out: Path) -> Format:
+    """Return the format of a bundle that is to stand at ``out``."""
+    return "zip" if out.suffix.lower() == ".zip" else "folder"
+
+
+def companions(target: Target, *, native: bool, mobile: bool) -> list[Companion]:
+    """Return what makes the files that ship beside a model for ``target``."""
+    found: list[Companion] = []
+    if native:
+        from deploykit.native import native_files
+
+        found.append(native_files)
+    if mobile:
+        from deploykit.mobile import mobile_files
+
+        found.append(mobile_files)
+    if target.name == "web":
+        from deploykit.web import site_files
+
+        found.append(site_files)
+    return found
+
+
+def _is_proven_for(wanted: Target, made_for: Target) -> bool:
+    """Whether integers of another scheme ship as they are.
+
+    A browser computes like no CPU in particular: what is right on this one is right there, and
+    has been trained and measured, where a model made anew is calibrated only, and cannot be proven
+    on a CPU whose sums it overflows.
+    """
+    return wanted.name == "web" and wanted.takes_integers_of(made_for)
 
 
 def _as_measured(folder: RunFolder, report: JsonDict, *, here: bool) -> Shipment:

@@ -398,7 +398,7 @@ def file_for_folder(folder):
         (manifest_without_digest, "digest"),
         (no_manifest, "expected a bundle, found no manifest.json"),
         (no_folder, "expected a bundle"),
-        (file_for_folder, "cannot be read"),
+        (file_for_folder, "expected a bundle's folder, or a zip file"),
     ],
 )
 def test_tampered_folder_is_refused_in_one_sentence(tiny, tamper, told, capsys):

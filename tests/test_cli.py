@@ -19,11 +19,16 @@ from deploykit.recipe.schema import keys
 PROGRAM = [sys.executable, "-c", "from deploykit.cli import main; main()"]
 COMMANDS = {
     "compress": {"--out", "--set", "--resume", "--force", "--check", "--latency-table"},
-    "export": {"--target", "--version", "--out", "--force"},
-    "verify": set(),
+    "export": {
+        *("--target", "--version", "--out", "--force", "--format", "--native", "--mobile"),
+        *("--data", "--quantize", "--max-drop", "--layout", "--name"),
+    },
+    "sign": {"--key", "--force"},
+    "verify": {"--key"},
     "predict": {"--json"},
     "bench": {"--json"},
     "inspect": set(),
+    "report": {"--devices", "--out", "--force"},
     "serve": {
         *("--host", "--port", "--workers", "--threads", "--require-gpu"),
         *("--max-batch", "--batch-window-us", "--queue", "--timeout", "--max-body"),
@@ -34,11 +39,13 @@ COMMANDS = {
 }
 ARGUMENTS = {
     "compress": "RECIPE",
-    "export": "RUN",
+    "export": "RUN|MODEL.onnx",
+    "sign": "BUNDLE",
     "verify": "BUNDLE",
     "predict": "FILE...",
     "bench": "BUNDLE",
     "inspect": "RUN|BUNDLE",
+    "report": "FILE...",
     "serve": "BUNDLE...",
 }
 

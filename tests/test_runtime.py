@@ -376,7 +376,7 @@ def test_threads_out_of_range_are_refused_in_a_few_words(tiny, capsys, threads):
 
 
 def test_interrupt_exits_130(tiny, monkeypatch):
-    def interrupt(_folder):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runtime, "selftest", interrupt)

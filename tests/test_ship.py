@@ -146,6 +146,27 @@ def weight_limits(path):
 
 
 @slow
+def test_a_browser_gets_the_integers_that_were_measured(tiny_run, tmp_path, deploykit):
+    bundle, made_for = tmp_path / "site", tiny_run.report["details"]["model"]["target"]
+    done = deploykit("export", tiny_run.path, "--target", "web", "--out", bundle)
+    assert (done.code, done.err) == (0, "")
+    assert sha256(bundle / "model.onnx") == sha256(tiny_run.path / "onnx/quantize.onnx")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert {made_for, "web"} <= set(manifest["verified_on"]["targets"])
+    assert manifest["measured"]["latency_ms"] == {"1": None, "32": None}
+    assert {"index.html", "web/deploykit.js"} <= set(manifest["files"])
+    assert deploykit("verify", bundle).code == 0
+
+
+@slow
+def test_a_run_becomes_a_zip_file_too(tiny_run, tmp_path, deploykit):
+    for place in (["a.zip"], ["b", "--format", "zip"]):
+        assert deploykit("export", tiny_run.path, "--out", tmp_path / place[0], *place[1:]).code == 0
+        assert deploykit("verify", tmp_path / place[0]).code == 0
+    assert sha256(tmp_path / "a.zip") == sha256(tmp_path / "b")
+
+
+@slow
 def test_target_of_the_same_integers_ships_the_same_model(tiny_run, tmp_path, deploykit):
     if tiny_run.report["details"]["model"]["target"] == "cpu-x86-avx2":
         pytest.skip("no other target computes as this one")

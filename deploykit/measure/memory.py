@@ -54,25 +54,12 @@ def answer() -> None:
     import onnxruntime  # noqa: F401  what it takes to be imported does not count
 
     from deploykit.measure.session import example_feed, open_model
+    from deploykit.runtime import peak_bytes
 
     order = json.load(sys.stdin)
     signature = Signature.from_json(order["signature"])
     model = OnnxModel(Path(order["path"]), signature, order["opset"])
     feed = example_feed(model, order["batch_size"])
-    before = _peak_bytes()
+    before = peak_bytes() or 0
     open_model(model, order["threads"]).run(None, feed)
-    sys.stdout.write(str(max(0, _peak_bytes() - before)))
-
-
-def _peak_bytes() -> int:
-    """Return the highest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    import resource
-
-    # Not on Linux: there it starts at what the *parent* held when it started this process.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    sys.stdout.write(str(max(0, (peak_bytes() or 0) - before)))

@@ -13,7 +13,10 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 PAGES = {"/": "index.html", "/docs": "docs.html"}
-PARTS = ("page.css", "icon.svg", "index.js", "draw.js", "docs.js", "schema.js", "server.js")
+PARTS = (
+    *("page.css", "icon.svg", "parts.js", "draw.js"),  # with the page of a web bundle
+    *("index.js", "docs.js", "schema.js", "server.js"),
+)
 
 
 def page(path: str) -> tuple[bytes, str] | None:

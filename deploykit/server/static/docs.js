@@ -1,6 +1,7 @@
 // openapi.json as a page, with requests to try.
 
-import { Refused, ask, complain, make, send, useToken } from "./server.js";
+import { Refused, ask, send, useToken } from "./server.js";
+import { complain, make } from "./parts.js";
 import { describe, resolve } from "./schema.js";
 
 const MOST = 20000; // characters of an answer that are shown

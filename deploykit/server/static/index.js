@@ -1,6 +1,7 @@
 // The page on which a person asks a model.
 
-import { Refused, ask, complain, make, useToken } from "./server.js";
+import { Refused, ask, useToken } from "./server.js";
+import { bars, complain, make, milliseconds, percent, rowsOf, thumbnail } from "./parts.js";
 import { drawing } from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
@@ -116,30 +117,10 @@ function answered({ model: name, version, predictions }, headers, elapsed, image
     Model: `${name} ${version}`,
     Provider: found.provider,
   };
-  $("facts").replaceChildren(
-    ...Object.entries(facts).map(([term, text]) => make("div", {}, make("dt", {}, term), make("dd", {}, text))),
-  );
-  if (image) $("facts").append(make("div", {}, make("dt", {}, "Sent"), make("dd", {}, thumbnail(image))));
+  if (image) facts.Sent = thumbnail(image, "the image that was sent");
+  $("facts").replaceChildren(...rowsOf(facts));
   $("headline").scrollIntoView({ block: "nearest" });
 }
-
-function bars(top) {
-  const rows = top.map(({ label, probability }) => {
-    const bar = make("span", { class: "bar", "aria-hidden": "true" }, make("span"));
-    bar.firstChild.style.width = `${100 * probability}%`;
-    return make("li", {}, make("span", { class: "label" }, label), bar, make("span", { class: "percent" }, percent(probability)));
-  });
-  return make("ol", { class: "bars" }, ...rows);
-}
-
-function thumbnail(image) {
-  const url = URL.createObjectURL(image);
-  const free = () => URL.revokeObjectURL(url);
-  return make("img", { src: url, alt: "the image that was sent", class: "thumbnail", onload: free, onerror: free });
-}
-
-const percent = (share) => (share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`);
-const milliseconds = (time) => `${time.toFixed(time < 10 ? 2 : 1)} ms`;
 
 /** The parts of a server-timing header: { "Server, compute": "0.61 ms" }. */
 function timings(header) {

@@ -34,21 +34,3 @@ export async function ask(path, options) {
   if (response.ok && value !== null) return { value, headers: response.headers };
   throw new Refused(response.status, value?.error ?? `The server answered with status ${response.status}.`);
 }
-
-/** Make an element with attributes (or properties, such as onclick) and children. */
-export function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name in element && typeof value !== "string") element[name] = value;
-    else element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
-
-/** Show a sentence in the page's alert, or hide that. */
-export function complain(sentence) {
-  const box = document.getElementById("error");
-  box.textContent = sentence ?? "";
-  box.hidden = !sentence;
-}

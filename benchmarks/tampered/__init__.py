@@ -1,0 +1,1 @@
+"""Bundles that somebody altered, in every way we know, and what reading one may set off."""
