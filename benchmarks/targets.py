@@ -70,6 +70,26 @@ class Row:
         return self.model.path.stat().st_size
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A target that the model could not be made for here.
+
+    Attributes:
+        name: in the table.
+        target: where it was to run.
+        why: in a sentence.
+    """
+
+    name: str
+    target: str
+    why: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a fault: integers of another kind of CPU may be provable only there."""
+        return not self.target.startswith("cpu-") or why_not_here(TARGETS[self.target]) is None
+
+
 def float_row(run: RunFolder, report: JsonDict) -> Row:
     """Return the float model that the run began with, as it was measured."""
     signature = Signature.from_json(report["details"]["model"]["signature"])
@@ -92,14 +112,15 @@ def made_row(name: str, target: str, run: RunFolder, folder: Path) -> Row:
     return Row(name, target, model, manifest["measured"]["accuracy"], path.stat().st_size)
 
 
-def make_rows(run: RunFolder, report: JsonDict, folder: Path) -> tuple[list[Row], list[str]]:
-    """Return the rows, and why others could not be made."""
-    rows, refused = [float_row(run, report)], []
+def make_rows(run: RunFolder, report: JsonDict, folder: Path) -> tuple[list[Row], list[Refused]]:
+    """Return the rows, and those that could not be made."""
+    rows = [float_row(run, report)]
+    refused: list[Refused] = []
     for name, target in MADE_FOR.items():
         try:
             rows.append(made_row(name, target, run, folder))
         except DeploykitError as error:
-            refused.append(f"{name}: refused: {error}")
+            refused.append(Refused(name, target, str(error)))
     return rows, refused
 
 
@@ -170,18 +191,21 @@ def start_up(bundle: Path, folder: Path) -> tuple[float, list[str]]:
 
 def one_start(python: Path, bundle: Path, folder: Path) -> float:
     """Return the wall time of the three commands, each a process of its own; seconds."""
+    sample = min(name for name in runtime.read_bundle(bundle)[1] if name.startswith("golden/0"))
     folder.mkdir()
     begun = time.perf_counter()
     for command in (
         ["-m", "zipfile", "-e", bundle, folder],
         [folder / "run.py", "selftest"],
-        [folder / "run.py", "predict", folder / "golden/000.png"],
+        [folder / "run.py", "predict", folder / sample],
     ):
         subprocess.run([python, *command], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begun
 
 
-def table_of(rows: Sequence[Row], timed: Mapping[str, Latencies]) -> Iterator[str]:
+def table_of(
+    rows: Sequence[Row], timed: Mapping[str, Latencies], refused: Sequence[Refused]
+) -> Iterator[str]:
     """Write the rows side by side."""
     yield "| model | target | test accuracy | batch 1, ms | batch 32, ms | ONNX, kB | bundle, kB |"
     yield "|---|---|---|---|---|---|---|"
@@ -196,10 +220,15 @@ def table_of(rows: Sequence[Row], timed: Mapping[str, Latencies]) -> Iterator[st
             "" if row.bundle_bytes is None else f"{row.bundle_bytes / 1000:.0f}",
         ]
         yield f"| {' | '.join(cells)} |"
+    for one in refused:
+        yield f"| {one.name} | {one.target} | null | null | null | null | null |"
 
 
-def why_null(rows: Sequence[Row], timed: Mapping[str, Latencies]) -> Iterator[str]:
-    """Say of each latency that was not taken why it was not."""
+def why_null(
+    rows: Sequence[Row], timed: Mapping[str, Latencies], refused: Sequence[Refused]
+) -> Iterator[str]:
+    """Say of each figure that was not taken why it was not."""
+    yield from (f"{one.name}: null: it could not be made here: {one.why}." for one in refused)
     for row in rows:
         if row.name not in timed:
             why = why_not_here(TARGETS[row.target])
@@ -210,7 +239,7 @@ def why_null(rows: Sequence[Row], timed: Mapping[str, Latencies]) -> Iterator[st
 def figures_of(
     rows: Sequence[Row],
     timed: Mapping[str, Latencies],
-    refused: Sequence[str],
+    refused: Sequence[Refused],
     checkpoint_bytes: int,
     started: tuple[float, list[str]],
 ) -> list[Figure]:
@@ -218,7 +247,12 @@ def figures_of(
     whole, *others = rows
     seconds, importable = started
     figures = [
-        Figure("targets that it could not be made for", len(refused), "{:d}", at_most=0),
+        Figure(
+            "targets that it could not be made for",
+            sum(one.counts for one in refused),
+            "{:d}",
+            at_most=0,
+        ),
         Figure("unzip, selftest and predict, three packages", seconds, "{:.2f} s", at_most=2),
         Figure("of deploykit and torch importable there", len(importable), "{:d}", at_most=0),
         Figure("torch checkpoint (safetensors)", checkpoint_bytes / 1000, "{:.0f} kB"),
@@ -232,12 +266,16 @@ def figures_of(
         if row.name in timed and row.target.startswith("cpu-"):
             ratio = timed["fp32"]["1"] / timed[row.name]["1"]
             figures.append(Figure(f"{row.name}: fp32 / this, batch 1", ratio, "{:.2f}x"))
-        size = row.bundle_bytes or math.nan
-        figures += [
-            Figure(f"{row.name}: fp32 ONNX / ONNX", whole.model_bytes / row.model_bytes, "{:.2f}x"),
-            Figure(f"{row.name}: fp32 ONNX / bundle", whole.model_bytes / size, "{:.2f}x"),
-            Figure(f"{row.name}: torch checkpoint / bundle", checkpoint_bytes / size, "{:.2f}x"),
-        ]
+        smaller = whole.model_bytes / row.model_bytes
+        figures.append(Figure(f"{row.name}: fp32 ONNX / ONNX", smaller, "{:.2f}x"))
+        if row.bundle_bytes is not None and row.target != "web":  # which brings its runtime along
+            figures += [
+                Figure(f"{row.name}: {what} / bundle", size / row.bundle_bytes, "{:.2f}x")
+                for what, size in (
+                    ("fp32 ONNX", whole.model_bytes),
+                    ("torch checkpoint", checkpoint_bytes),
+                )
+            ]
     return figures
 
 
@@ -255,7 +293,7 @@ def main() -> int:
             timed |= {} if in_browser is None else {"web": in_browser}
         started = start_up(export_run(path, folder / "here.zip", format="zip"), folder)
         checkpoint_bytes = (run.candidate("train") / "model.safetensors").stat().st_size
-        details = [*table_of(rows, timed), "", *why_null(rows, timed), *refused]
+        details = [*table_of(rows, timed, refused), "", *why_null(rows, timed, refused)]
         figures = figures_of(rows, timed, refused, checkpoint_bytes, started)
     return publish(
         "targets",
@@ -263,7 +301,7 @@ def main() -> int:
         about=f"`{RECIPE}`, exported for every target. Latency: ONNX Runtime, {report['threads']} "
         "thread(s), models of the CPU in the same rounds; of the web onnxruntime-web in Chromium, "
         "one thread, batch 1; null where this machine is not the target. A bundle is the zip file "
-        "with model, proof and runner; for the web, with its page.",
+        "with model, proof and runner; for the web, with page and runtime.",
         command="make bench-targets",
         details=details,
         keep=not options.trial,

@@ -237,8 +237,8 @@ def export(
     if path.suffix.lower() == ".onnx":
         if data is None:
             raise UsageError(
-                f"{path}: expected --data beside an ONNX file, got none; name a recipe, a folder of "
-                "classes, or digits: they prove the model"
+                f"{path}: expected --data beside an ONNX file, got none; name a recipe, a folder "
+                "of classes, or digits: they prove the model"
             )
         from deploykit.foreign import export_foreign
 

@@ -133,7 +133,7 @@ def export(
     version: Annotated[
         str, typer.Option("--version", help="of the model; servers tell models apart by it")
     ] = "1",
-    format: Annotated[  # noqa: A002 - the option's name
+    format: Annotated[
         Literal["folder", "zip"] | None,
         typer.Option("--format", help="default: as --out ends"),
     ] = None,

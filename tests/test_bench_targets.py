@@ -1,7 +1,7 @@
 """The table across targets: what was not taken on its target is null, and said so."""
 
 import targets
-from targets import Row, figures_of, table_of, why_null
+from targets import Refused, Row, figures_of, table_of, why_null
 from tiny_bundle import image_model
 
 from deploykit.runtime import detect_cpu
@@ -22,11 +22,23 @@ TIMED = {"fp32": {"1": 1.0, "32": 20.0}, "int8": {"1": 0.5, "32": 8.0}}
 
 def test_a_latency_that_was_not_taken_is_null_with_the_reason(tmp_path):
     rows = rows_of(tmp_path)
-    lines = list(table_of(rows, TIMED))
+    lines = list(table_of(rows, TIMED, []))
     assert any(line.startswith("| int8 |") and "| 0.500 | 8.000 |" in line for line in lines)
     assert any(line.startswith("| web |") and "| null | null |" in line for line in lines)
-    (why,) = why_null(rows, TIMED)
+    (why,) = why_null(rows, TIMED, [])
     assert why.startswith("Latency of web: null: a browser runs it")
+
+
+def test_what_can_only_be_proven_on_another_cpu_is_null_and_no_fault(tmp_path):
+    elsewhere = "cpu-arm64" if detect_cpu() != "cpu-arm64" else "cpu-x86-vnni"
+    refused = [Refused("int8 elsewhere", elsewhere, "its sums overflow")]
+    *_, last = table_of(rows_of(tmp_path), TIMED, refused)
+    assert last == f"| int8 elsewhere | {elsewhere} | null | null | null | null | null |"
+    why, _ = why_null(rows_of(tmp_path), TIMED, refused)
+    assert why == "int8 elsewhere: null: it could not be made here: its sums overflow."
+    assert not refused[0].counts
+    assert Refused("int8 here", detect_cpu(), "").counts
+    assert Refused("fp16", "cuda", "").counts
 
 
 def test_figures_hold_only_if_all_were_made_and_nothing_is_importable(tmp_path):
@@ -36,7 +48,8 @@ def test_figures_hold_only_if_all_were_made_and_nothing_is_importable(tmp_path):
     by_name = {figure.name: figure.value for figure in figures}
     assert by_name["int8: fp32 / this, batch 1"] == 2
     assert by_name["int8: torch checkpoint / bundle"] == 10
-    broken = figures_of(rows, TIMED, ["fp16: refused"], 10_000, (2.5, ["torch"]))
+    refused = [Refused("fp16", "cuda", "no")]
+    broken = figures_of(rows, TIMED, refused, 10_000, (2.5, ["torch"]))
     assert [figure.name for figure in broken if not figure.holds] == [
         "targets that it could not be made for",
         "unzip, selftest and predict, three packages",

@@ -160,9 +160,10 @@ def test_a_browser_gets_the_integers_that_were_measured(tiny_run, tmp_path, depl
 
 @slow
 def test_a_run_becomes_a_zip_file_too(tiny_run, tmp_path, deploykit):
-    for place in (["a.zip"], ["b", "--format", "zip"]):
-        assert deploykit("export", tiny_run.path, "--out", tmp_path / place[0], *place[1:]).code == 0
-        assert deploykit("verify", tmp_path / place[0]).code == 0
+    for name, *options in (["a.zip"], ["b", "--format", "zip"]):
+        place = tmp_path / name
+        assert deploykit("export", tiny_run.path, "--out", place, *options).code == 0
+        assert deploykit("verify", place).code == 0
     assert sha256(tmp_path / "a.zip") == sha256(tmp_path / "b")
 
 

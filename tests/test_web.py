@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_site import array_site, make_site
 
@@ -249,3 +250,23 @@ def test_a_renewal_takes_a_tarball_of_the_recorded_integrity_only(
     record = json.loads((copied / "vendor.json").read_bytes())
     assert record["version"] == "9.9.9"
     assert vendored.vendored_files()["ort.wasm.bundle.min.js"] == b"new\n"
+
+
+# the benchmark
+
+
+@pytest.mark.parametrize(("step", "counted"), [(0.1, (2, 0)), (0.001, (2, 1))])
+def test_benchmark_tells_near_ties_from_other_answers(step: float, counted: object) -> None:
+    import browser  # benchmarks/browser.py
+
+    python = {"logits": np.array([[1, 0], [0, 1], [0.5, 0.45]]), "near": step}
+    found = {"logits": np.array([[1, 0], [0, 1], [0.45, 0.5]])}
+    assert browser.compare(python, found) == counted
+
+
+def test_benchmark_draws_every_digit_inside_the_field() -> None:
+    import browser
+
+    assert sorted(browser.STROKES) == list("0123456789")
+    points = [place for lines in browser.STROKES.values() for line in lines for place in line]
+    assert all(0 < one < 1 for place in points for one in place)
