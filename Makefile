@@ -14,7 +14,7 @@ RIVALS := $(VENV)-rivals
 SERVERS := $(VENV)-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs test-vision test-browser gpu-check clean
+.PHONY: help demo test lint types docs test-vision test-browser gpu-check vendor-web clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -73,6 +73,9 @@ bench-%: FILE = benchmarks/$(subst -,_,$*).py
 bench-%: $(STAMP) ## run benchmarks/%.py and keep its table in benchmarks/results
 	@test -f $(FILE) || { echo "there is no $(FILE)" >&2; exit 1; }
 	$(BIN)/python $(FILE)
+
+vendor-web: $(STAMP) ## fetch the recorded onnxruntime-web again
+	$(BIN)/python -m deploykit.web.vendored
 
 gpu-check: $(STAMP) ## export and serve on an NVIDIA GPU; says so where there is none
 	$(BIN)/python benchmarks/gpu_check.py

@@ -19,8 +19,8 @@ python run.py bench
 `selftest` checks every file against `manifest.json` and the model's answers on the golden
 samples against those it gave when the bundle was made; it exits 0 only if all of it holds.
 `predict --json` prints one JSON array. `run.py` runs nothing before the files are verified.
-The hashes stop accidents, not an attacker who writes new ones: sign the folder against those.
-
+The hashes stop accidents, not an attacker who writes new ones: a signature stops those.
+{site}
 ## Interface
 
 {interface}
@@ -41,6 +41,12 @@ The hashes stop accidents, not an attacker who writes new ones: sign the folder 
 """
 
 
+SITE = """
+In a browser: `python -m http.server` in this folder, then http://localhost:8000. The module for
+a page of your own is `web/deploykit.js`.
+"""
+
+
 def readme(manifest: Mapping[str, Any], files: Sequence[str]) -> str:
     """Return the README of a bundle.
 
@@ -53,6 +59,7 @@ def readme(manifest: Mapping[str, Any], files: Sequence[str]) -> str:
         **{key: _plain(manifest[key]) for key in ("name", "version", "task", "target")},
         min_onnxruntime=manifest["min_onnxruntime"],
         pillow=' "pillow"' if image else "",
+        site=SITE if "index.html" in files else "",
         example=next(file for file in files if file.startswith("golden/000")),
         interface=_interface(manifest),
         preprocess=_preprocess(manifest["preprocess"]),

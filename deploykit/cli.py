@@ -257,10 +257,13 @@ def bench(
     body: Annotated[
         Path | None, typer.Option("--body", metavar="FILE", help="sample; default: random numbers")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="what --json calls this machine")
+    ] = None,
 ) -> None:
     """Measure a bundle's latency on this machine, or a server under load."""
     if url is not None:
-        _refuse_beside("--url", {"BUNDLE": bundle, "--threads": threads})
+        _refuse_beside("--url", {"BUNDLE": bundle, "--threads": threads, "--device": device})
         from deploykit.load.command import Plan, bench_server
 
         token = os.environ.get("DEPLOYKIT_TOKEN") or None
@@ -275,7 +278,7 @@ def bench(
     from deploykit.bundle import told_as_deploykit
 
     with told_as_deploykit():
-        runtime.bench(bundle, threads, as_json)
+        runtime.bench(bundle, threads, as_json, device=device)
 
 
 @app.command()

@@ -146,7 +146,7 @@ def decode_image(
     In this order: EXIF orientation applied; 16-bit grey keeps its high byte (as 16-bit colour
     does); transparency composited on white; converted to grey or RGB; for ``fit: cover`` the
     largest centred box of the target's shape is taken; resized by ``filter``, which
-    ``antialias`` widens when it shrinks.
+    ``antialias`` widens when it shrinks, across and then down.
 
     Args:
         data: the file's bytes.
@@ -243,7 +243,10 @@ def _resize(image: Any, preprocess: Mapping[str, Any]) -> Any:
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     resample = Resampling[preprocess["filter"].upper()]
     if preprocess["antialias"]:
-        return image.resize(size, resample, (left, top, left + box_width, top + box_height))
+        # Across, then down: which of them Pillow does first depends on its version.
+        across = (left, 0, left + box_width, image.height)
+        rows = image.resize((width, image.height), resample, across)
+        return rows.resize(size, resample, (0, top, width, top + box_height))
     matrix = (box_width / width, 0.0, left, 0.0, box_height / height, top)
     return image.transform(size, Transform.AFFINE, matrix, resample)
 
@@ -416,7 +419,11 @@ class _Archive:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            self._files = unpack(file.read(MAX_ARCHIVE_BYTES + 1))
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_ARCHIVE_BYTES:
+                raise BrokenBundleError(f"expected at most {MAX_ARCHIVE_BYTES} bytes, got {size}")
+            # No more is asked for than is there: memory is taken before it is filled.
+            self._files = unpack(file.read(size + 1))
 
     def names(self) -> set[str]:
         return set(self._files)

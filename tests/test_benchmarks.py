@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 HELPERS = {
     *("table", "example", "recipe_run", "against_rivals", "rivals", "vision_operators"),
-    *("server_run", "served_models", "calls", "wire", "ledger", "gpu_check"),
+    *("server_run", "served_models", "calls", "wire", "ledger", "gpu_check", "static_server"),
 }
 
 
