@@ -24,7 +24,7 @@ from deploykit.recipe.sections import QuantizeSection, Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.statistics import paired_drop
 from deploykit.structure import load_candidate, read_structure
-from deploykit.targets import Target
+from deploykit.targets import Target, integers_for
 from deploykit.verify import verify_onnx
 
 
@@ -76,7 +76,7 @@ def make_for(
         candidate = calibrate(
             source,
             samples,
-            target=target,
+            target=integers_for(target),
             keep_float=_kept_in_float(run, section),
             min_sqnr=section.min_sqnr,
         )

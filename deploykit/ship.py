@@ -22,7 +22,7 @@ from deploykit.publish import refuse_existing
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.runtime import open_session, run_model
-from deploykit.targets import Target, resolve_target, suited_targets
+from deploykit.targets import Target, integers_for, resolve_target, suited_targets
 
 # A golden answer may differ by this many steps of the output on another CPU of the target.
 GOLDEN_STEPS = 2.0
@@ -122,7 +122,7 @@ def export_run(
             measured_on=shipment.measured_on,
             verified_on={
                 **shipment.verified_on,
-                "targets": suited_targets(precision, made_for if fits else wanted),
+                "targets": suited_targets(precision, made_for if fits else integers_for(wanted)),
             },
             tolerance=_tolerance(shipment.parity),
             golden=shipment.golden,

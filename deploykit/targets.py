@@ -95,6 +95,18 @@ def resolve_target(name: str) -> Target:
     return known[name]
 
 
+def integers_for(target: Target) -> Target:
+    """Return the target whose integers are made for ``target`` on this machine.
+
+    A browser takes what is right for any CPU. Where this one would overflow the sums of 8-bit
+    weights, and so could prove none, it gets this one's.
+    """
+    from deploykit.runtime import detect_cpu
+
+    here = TARGETS[detect_cpu()]
+    return here if target.name == "web" and not here.takes_integers_of(target) else target
+
+
 def suited_targets(precision: str, made_for: Target) -> list[str]:
     """Name the targets that a model is right for.
 

@@ -1,6 +1,7 @@
 """Models from elsewhere become bundles that answer what they answered."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -305,6 +306,13 @@ def test_integers_that_were_asked_for_ship_however_fast(tmp_path, paying):
     assert manifest["measured"]["precision"] == "int8"
 
 
+def test_browsers_get_integers_that_this_cpu_can_prove(tmp_path):
+    out, manifest = exported(tmp_path, quantize="ptq", target="web")
+    assert (manifest["target"], "index.html" in manifest["files"]) == ("web", True)
+    assert {HERE.name, "web"} <= set(manifest["verified_on"]["targets"])
+    assert verify_bundle(out) == manifest
+
+
 def coarse(monkeypatch):
     """Make integers cost half of the accuracy."""
     from deploykit.foreign import making
@@ -524,6 +532,13 @@ def _negated(real, proto, *more, **how):
 
 
 # The command
+
+
+def test_how_many_the_file_answers_right_is_told_at_once(tmp_path):
+    told = Told()
+    exported(tmp_path, progress=told)
+    said = r"as given: \d+\.\d\d% right of \d+ validation samples"
+    assert re.match(said, told.sentences[0])
 
 
 def test_the_command_makes_a_bundle(tmp_path, deploykit):

@@ -20,7 +20,7 @@ from deploykit.foreign.intake import Foreign, take_in
 from deploykit.foreign.limits import read_model
 from deploykit.foreign.making import Made, make
 from deploykit.foreign.proof import SIZES, answers
-from deploykit.measure import evaluate_onnx, peak_memory_bytes, size_bytes
+from deploykit.measure import Evaluation, evaluate_onnx, peak_memory_bytes, size_bytes
 from deploykit.progress import Progress, SilentProgress
 from deploykit.publish import refuse_existing
 from deploykit.ship import (
@@ -31,7 +31,14 @@ from deploykit.ship import (
     format_of,
 )
 from deploykit.statistics import paired_drop
-from deploykit.targets import CPU, Target, resolve_target, suited_targets, why_not_here
+from deploykit.targets import (
+    CPU,
+    Target,
+    integers_for,
+    resolve_target,
+    suited_targets,
+    why_not_here,
+)
 
 QUANTIZE = ("auto", "ptq", "none")
 MAX_DROP = 0.01
@@ -106,6 +113,7 @@ def export_foreign(
         told.message(f"warning: {warning}")
     with TemporaryDirectory(prefix="deploykit-") as scratch:
         floats, made = make(foreign, wanted, quantize, max_drop, Path(scratch), called)
+        told.message(_as_given(floats.validation))
         told.message(made.why)
         here = why_not_here(wanted) is None
         outputs = _validation_answers(foreign, made.model)
@@ -125,7 +133,10 @@ def export_foreign(
             task=foreign.recipe.task,
             measured=_measured(foreign, floats, made, here=here, target=wanted),
             measured_on=environment() if here else None,
-            verified_on={**environment(), "targets": suited_targets(made.precision, wanted)},
+            verified_on={
+                **environment(),
+                "targets": suited_targets(made.precision, integers_for(wanted)),
+            },
             tolerance=_tolerance(made, outputs),
             golden=_golden(foreign, made.model),
             companions=companions(wanted, native=native, mobile=mobile),
@@ -197,6 +208,14 @@ def _source(foreign: Foreign) -> JsonDict:
         "softmax_removed": foreign.softmax,
         **({"fixed_batch": fixed} if fixed else {}),
     }
+
+
+def _as_given(validation: Evaluation) -> str:
+    """Tell how the floats answer: samples that are not the model's own show at once."""
+    return (
+        f"as given: {validation.accuracy:.2%} right of {len(validation.correct)} validation "
+        "samples (if you expected more, see normalize and the order of classes)"
+    )
 
 
 def _validation_answers(foreign: Foreign, model: OnnxModel) -> np.ndarray:

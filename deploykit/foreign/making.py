@@ -27,7 +27,7 @@ from deploykit.measure import Evaluation, Latency, evaluate_onnx, measure_latenc
 from deploykit.precision import EXACTNESS
 from deploykit.recipe.sections import QuantizeSection
 from deploykit.statistics import paired_drop
-from deploykit.targets import Target, why_not_here
+from deploykit.targets import Target, integers_for, why_not_here
 
 FEW = 8  # samples that tell of single values
 FLOAT_REFERENCE = {"session.disable_quant_qdq": "1"}  # pairs stay, and floats between them
@@ -87,7 +87,7 @@ def make(
         other = make_halves(foreign, floats, folder / "fp16.onnx", name)
     else:
         try:
-            other = make_integers(foreign, floats, target, folder, name)
+            other = make_integers(foreign, floats, integers_for(target), folder, name)
         except CompressionError as error:
             if quantize == "ptq":
                 raise
