@@ -272,7 +272,10 @@ def verify_bundle(path: Path, key: Path | None = None) -> JsonDict:
         if key is not None:
             from deploykit.signing import check_manifest
 
-            check_manifest(manifest, runtime.read_signature(Path(path)), key)
+            try:
+                check_manifest(manifest, runtime.read_signature(Path(path)), key)
+            except VerificationError as error:
+                raise VerificationError(f"{path}: {error}") from error
         # A runner cannot vouch for itself. Another version's is known by its hash alone.
         same_version = manifest["verified_on"].get("deploykit") == __version__
         if same_version and contents[runtime.RUNNER] != _runner():

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploykit import runtime
-from deploykit.artifacts import JsonDict
 from deploykit.bundle import told_as_deploykit, verify_bundle
 from deploykit.errors import MissingDependency, UsageError, VerificationError, first_line
 from deploykit.publish import told_as_usage, write_atomic
@@ -55,35 +54,6 @@ def sign_bundle(path: Path, key: Path, *, force: bool = False) -> None:
         config.sign(copy, file)
         signature = file.read_bytes()
     _put(path, signature)
-
-
-def check_signature(path: Path, key: Path) -> JsonDict:
-    """Verify the files of a bundle, and that the owner of a key has signed them.
-
-    Its model is not opened: `verify_bundle` runs the golden samples.
-
-    Args:
-        path: the bundle, a folder or a zip file.
-        key: PEM file of the public key.
-
-    Returns:
-        The manifest that was signed.
-
-    Raises:
-        UsageError: the key cannot be used.
-        BundleError: the bundle is not what its manifest says.
-        VerificationError: there is no signature, or not one of this bundle by this key.
-        MissingDependency: model-signing is not installed.
-    """
-    with told_as_deploykit():
-        manifest, _ = runtime.read_bundle(path)
-        signature = runtime.read_signature(path)
-    try:
-        check_manifest(manifest, signature, key)
-    except VerificationError as error:
-        error.args = (f"{path}: {error}",)
-        raise
-    return manifest
 
 
 def check_manifest(manifest: Mapping[str, Any], signature: bytes | None, key: Path) -> None:
