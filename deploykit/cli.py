@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -277,6 +278,10 @@ def bench(
     from deploykit import runtime
     from deploykit.bundle import told_as_deploykit
 
+    try:
+        device = None if device is None else runtime.device_name(device)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--device: {error}; choose another name") from error
     with told_as_deploykit():
         runtime.bench(bundle, threads, as_json, device=device)
 

@@ -1283,7 +1283,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print one JSON array")
     command = commands.add_parser("bench", help="measure the model on this machine")
     command.add_argument("--threads", type=_threads, metavar="N", help="default: as measured")
-    command.add_argument("--device", type=_device, metavar="NAME", help="of this machine")
+    command.add_argument("--device", type=device_name, metavar="NAME", help="of this machine")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -1294,7 +1294,12 @@ def _threads(text: str) -> int:
     return int(text)
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """Return what a machine may be called in a report of several.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
     if not (0 < len(text) <= MAX_DEVICE_NAME and text.isprintable()):
         raise argparse.ArgumentTypeError(
             f"expected 1 to {MAX_DEVICE_NAME} printable characters, got {text!r}"

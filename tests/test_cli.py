@@ -67,6 +67,12 @@ def test_command_has_the_options_of_the_contract(deploykit, command):
     assert ARGUMENTS.get(command, "") in done.out
 
 
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 300])
+def test_a_name_that_no_report_could_show_is_refused(deploykit, tmp_path, name):
+    done = deploykit("bench", tmp_path, "--device", name)
+    assert (done.code, "--device: expected 1 to" in done.err) == (2, True)
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 @pytest.mark.parametrize("columns", ["80", "200"])
 def test_help_fits_a_terminal(deploykit, monkeypatch, command, columns):
