@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -293,6 +294,21 @@ def test_requests_that_wait_at_the_door_at_the_end_are_answered(tmp_path, bundle
         os.kill(worker, signal.SIGCONT)
         answers = [read_all(client) for client in clients]
         assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * len(clients)
+        assert server.process.wait(5) == 143
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's delayed acknowledgements")
+def test_client_amid_its_handshake_at_the_end_is_answered(tmp_path, bundle, image):
+    head = f"POST /predict HTTP/1.1\r\nhost: a\r\ncontent-length: {len(image)}\r\n\r\n"
+    with serving(tmp_path, bundle, "--workers", 2, "--drain", 0) as server:
+        with socket.socket() as client:
+            # The last packet of the handshake waits for the first bytes of the request.
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            client.connect(("127.0.0.1", server.port))
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            client.sendall(head.encode() + image)
+            assert read_all(client).startswith(b"HTTP/1.1 200 ")
         assert server.process.wait(5) == 143
 
 

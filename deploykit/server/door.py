@@ -11,6 +11,7 @@ from typing import Any
 from deploykit.server import http
 
 ACCEPTED_AT_ONCE = 4  # few, so that workers share what comes in a burst
+HANDSHAKE_S = 0.3  # a round trip around the world
 
 
 class Door:
@@ -34,7 +35,8 @@ class Door:
         self._loop.add_reader(self._listener, self._accept_some)
 
     async def close(self) -> None:
-        """Take those that wait, and no more."""
+        """Take those that wait or are on the way, and no more."""
+        await asyncio.sleep(HANDSHAKE_S)
         self._loop.remove_reader(self._listener)
         while self._accept():
             pass

@@ -15,7 +15,17 @@ from deploykit.server.settings import Settings
 
 BACKLOG = 2048
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF: return 0 bytes of the packet
+# Classic BPF, which sees the TCP header first: keep what is no SYN, drop what begins a connection.
+DROP_SYN = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte of the flags
+        (0x54, 0, 0, 0x12),  # and with SYN | ACK
+        (0x15, 0, 1, 0x02),  # equal to SYN?
+        (0x06, 0, 0, 0),  # return 0 bytes of the packet
+        (0x06, 0, 0, 0xFFFFFFFF),  # return all of it
+    )
+)
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -51,11 +61,12 @@ def turn_away(listener: socket.socket) -> None:
 
     A socket that is closed resets what waits at it. So nothing new may come to wait before the
     workers have taken what does: on Linux a filter drops every packet that would begin a
-    connection, and its client is refused when it tries again a second later.
+    connection, and its client is refused when it tries again a second later. Handshakes that have
+    begun go on: to their clients they are connections already.
     """
     if sys.platform == "linux":
-        code = ctypes.create_string_buffer(DROP_ALL, len(DROP_ALL))
-        program = struct.pack("HP", 1, ctypes.addressof(code))
+        code = ctypes.create_string_buffer(DROP_SYN, len(DROP_SYN))
+        program = struct.pack("HP", len(DROP_SYN) // 8, ctypes.addressof(code))
         with suppress(OSError):
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     listener.close()
