@@ -149,7 +149,7 @@ def export(
         typer.Option("--data", help="of MODEL.onnx: a recipe, a folder of classes, or digits"),
     ] = None,
     quantize: Annotated[
-        Literal["auto", "ptq", "none"] | None,
+        Literal["auto", "ptq", "fp16-weights", "none"] | None,
         typer.Option("--quantize", help="of MODEL.onnx [auto: if it pays]"),
     ] = None,
     max_drop: Annotated[

@@ -115,7 +115,7 @@ class LatencyCost:
     Attributes:
         candidate: a float one, whole.
         target: this machine's, or one whose kernels it has.
-        precision: in which it ships: int8, fp32, fp16 or bf16. Ranges of integers do not change
+        precision: in which it ships: int8, or a recipe's floats. Ranges of integers do not change
             the latency, so that a few random samples are enough to set them.
         times: the table of layers.
         keep_float: shell patterns of layers that ship in float beside integers.

@@ -1,8 +1,9 @@
-"""Floats of two bytes: fp16 in weights and arithmetic, bf16 in weights alone.
+"""Floats of two bytes: fp16 in weights and arithmetic, fp16-weights and bf16 in weights alone.
 
 fp16 is what GPUs compute fastest. ONNX Runtime's CPU kernels take no bf16, and read fp16 but
 compute float32 between operators, so that an overflow of fp16 does not show there: the proof
-of an fp16 model is a graph that rounds each value as a GPU does.
+of an fp16 model is a graph that rounds each value as a GPU does. Where a CPU computes, weights
+alone are worth storing in two bytes: half the file, and the speed of float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from deploykit.artifacts import Candidate
+from deploykit.errors import ExportError
 from deploykit.quantization.operators import NORM
 
 
@@ -42,20 +44,25 @@ EXACTNESS: Mapping[str, Exactness] = {
     "fp32": Exactness(0.25, 1e-3),
     # A significand of 11 bits, and 65504 is the largest number.
     "fp16": Exactness(1.0, 1e-2, "; set precision: bf16 or fp32"),
+    "fp16-weights": Exactness(1.0, 1e-2, "; set precision: bf16 or fp32"),
     # A significand of 8 bits, with the range of float32.
     "bf16": Exactness(4.0, 5e-2, "; set precision: fp32"),
+}
+STORED = {
+    "fp16-weights": (torch.float16, TensorProto.FLOAT16),
+    "bf16": (torch.bfloat16, TensorProto.BFLOAT16),
 }
 
 
 def precision_of(candidate: Candidate) -> str:
-    """Return the precision in which a candidate is exported: int8, fp32, fp16 or bf16."""
+    """Return the precision in which a candidate is exported: int8, or one of `EXACTNESS`."""
     if candidate.structure.get("quantization"):
         return "int8"
     return str(candidate.structure.get("precision", "fp32"))
 
 
 def convert(candidate: Candidate, precision: str) -> Candidate:
-    """Let a float candidate ship as ``fp16`` or ``bf16``; its module stays float32."""
+    """Let a float candidate ship in floats of two bytes; its module stays float32."""
     structure = {**candidate.structure, "precision": precision}
     return replace(candidate, structure=structure, stage="convert", notes={})
 
@@ -65,13 +72,16 @@ def convert_floats(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
     Args:
         proto: a float model, whose layers and tensors keep their names.
-        precision: ``fp32`` changes nothing; ``fp16`` computes in halves; ``bf16`` stores the
-            weights so and computes in float32.
+        precision: ``fp32`` changes nothing; ``fp16`` computes in halves; ``fp16-weights`` and
+            ``bf16`` store the weights so and compute in float32.
+
+    Raises:
+        ExportError: a weight is too large to be stored so.
     """
     if precision == "fp16":
         return _sorted(_fp16_converter()(proto, keep_io_types=True))
-    if precision == "bf16":
-        _store_bf16(proto.graph)
+    if precision in STORED:
+        _store(proto.graph, *STORED[precision])
     return proto
 
 
@@ -95,7 +105,7 @@ def _sorted(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def _store_bf16(graph: onnx.GraphProto) -> None:
+def _store(graph: onnx.GraphProto, dtype: torch.dtype, kind: int) -> None:
     """Keep weights in two bytes; what has one axis (biases, scales) stays exact and costs little.
 
     ONNX Runtime casts constants once, when it opens the model.
@@ -103,16 +113,20 @@ def _store_bf16(graph: onnx.GraphProto) -> None:
     casts = []
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
-            values = torch.tensor(numpy_helper.to_array(tensor)).bfloat16().view(torch.uint16)
-            name = f"{tensor.name}_bf16"
+            values = torch.tensor(numpy_helper.to_array(tensor))
+            largest = values.abs().max().item() if values.numel() else 0.0
+            if not largest <= torch.finfo(dtype).max:
+                raise ExportError(
+                    f"{tensor.name}: expected weights of at most {torch.finfo(dtype).max:g} to be "
+                    f"stored in two bytes, got {largest:.4g}; ship fp32, or bf16 (a recipe's "
+                    "precision)"
+                )
+            stored = values.to(dtype).view(torch.uint16).numpy().tobytes()
+            name = f"{tensor.name}_stored"
             casts.append(
                 helper.make_node("Cast", [name], [tensor.name], name=name, to=TensorProto.FLOAT)
             )
-            tensor.CopyFrom(
-                helper.make_tensor(
-                    name, TensorProto.BFLOAT16, tensor.dims, values.numpy().tobytes(), raw=True
-                )
-            )
+            tensor.CopyFrom(helper.make_tensor(name, kind, tensor.dims, stored, raw=True))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

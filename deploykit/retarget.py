@@ -58,7 +58,7 @@ def make_for(
         run: a finished one.
         recipe: the run's.
         target: of another integer scheme than the run's, or of another precision.
-        precision: what the model shall compute in: ``int8``, ``fp32``, ``fp16`` or ``bf16``.
+        precision: of the model: ``int8``, or one of a recipe's floats.
         golden_inputs: samples that prove a model of floats; one of integers is proven on those
             that calibrate it.
         path: the ONNX file to write.

@@ -422,6 +422,15 @@ def test_halves_ship_for_gpus(tmp_path):
         assert manifest["measured_on"] is None
 
 
+def test_weights_of_two_bytes_ship_where_they_are_asked_for(tmp_path):
+    _, whole = exported(tmp_path, quantize="none")
+    _, manifest = exported(tmp_path, quantize="fp16-weights", force=True)
+    assert manifest["measured"]["precision"] == "fp16-weights"
+    assert set(TARGETS) == set(manifest["verified_on"]["targets"])
+    size, halved = (one["files"]["model.onnx"]["bytes"] for one in (whole, manifest))
+    assert halved < 0.6 * size
+
+
 def test_values_too_large_for_halves_are_refused(tmp_path):
     model = onnx.ModelProto.FromString(NET.SerializeToString())
     for tensor in model.graph.initializer:

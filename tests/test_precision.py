@@ -22,7 +22,7 @@ from tiny_quantized import (
 )
 from torch import nn
 
-from deploykit.errors import VerificationError
+from deploykit.errors import ExportError, VerificationError
 from deploykit.exporter import export_onnx
 from deploykit.precision import EXACTNESS, HalfArithmetic, convert, precision_of
 from deploykit.quantization.deployable import candidate_graph
@@ -34,7 +34,7 @@ from deploykit.verify import verify_onnx
 pytestmark = pytest.mark.slow
 
 PIXELS = images(96)[0]
-HALVES = ("fp16", "bf16")
+HALVES = ("fp16", "fp16-weights", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,19 @@ def test_weights_take_two_bytes_and_the_border_stays(models, precision):
     assert {"c1", "c2", "fc"} <= {node.name for node in graph.node}
 
 
-def test_fp16_computes_in_halves_and_bf16_in_float32(models):
-    for precision, kind in (("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.FLOAT)):
-        graph = onnx.shape_inference.infer_shapes(onnx.load(models[precision].path)).graph
-        kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-        layers = [node for node in graph.node if node.op_type in {"Conv", "Gemm"}]
-        assert {kinds.get(node.output[0], kind) for node in layers} == {kind}
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [
+        ("fp16", TensorProto.FLOAT16),
+        ("fp16-weights", TensorProto.FLOAT),
+        ("bf16", TensorProto.FLOAT),
+    ],
+)
+def test_fp16_computes_in_halves_and_stored_weights_in_float32(models, precision, kind):
+    graph = onnx.shape_inference.infer_shapes(onnx.load(models[precision].path)).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    layers = [node for node in graph.node if node.op_type in {"Conv", "Gemm"}]
+    assert {kinds.get(node.output[0], kind) for node in layers} == {kind}
 
 
 @pytest.mark.parametrize("precision", HALVES)
@@ -94,7 +101,7 @@ def test_answers_stay_near_float_and_are_not_the_same(models, precision):
     expected, got = answers(models["fp32"]), answers(models[precision])
     step = np.ptp(expected) / 255
     assert 0 < np.abs(expected - got).max() <= EXACTNESS[precision].steps * step
-    assert noise_ratio(expected, got) < {"fp16": 1e-5, "bf16": 1e-3}[precision]
+    assert noise_ratio(expected, got) < (1e-3 if precision == "bf16" else 1e-5)
 
 
 @pytest.mark.parametrize("precision", HALVES)
@@ -128,6 +135,18 @@ def test_an_overflow_of_fp16_is_refused_with_the_remedy(floating, tmp_path):
     with pytest.raises(VerificationError, match="set precision: bf16 or fp32"):
         proved(convert(loud(floating), "fp16"), tmp_path / "m.onnx")
     proved(convert(loud(floating), "bf16"), tmp_path / "m.onnx")
+
+
+def test_a_weight_that_no_half_can_hold_is_refused_with_the_remedy(floating, tmp_path):
+    net = settled(plain())
+    with torch.no_grad():
+        net.n1.weight *= 1e-6
+        net.n1.bias *= 1e-6
+        net.c2.weight *= 1e6
+    loudest = replace(floating, module=net)
+    with pytest.raises(ExportError, match=r"c2.*: expected weights of at most 65504 .* or bf16"):
+        proved(convert(loudest, "fp16-weights"), tmp_path / "m.onnx")
+    proved(convert(loudest, "bf16"), tmp_path / "m.onnx")
 
 
 def test_the_cpu_alone_would_not_see_that_overflow(floating, tmp_path):

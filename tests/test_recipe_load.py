@@ -336,7 +336,7 @@ def test_dump_is_read_alike_by_plain_yaml() -> None:
     [
         (["precision=fp16", "quantize.mode=ptq"], r"precision: expected none beside quantize"),
         (["target=cuda", "quantize.mode=ptq"], r"quantize: expected none for target cuda.*null"),
-        (["precision=fp8"], r"precision: expected fp32, fp16 or bf16"),
+        (["precision=fp8"], r"precision: expected fp32, fp16, fp16-weights or bf16"),
     ],
 )
 def test_two_precisions_at_once_are_refused_with_the_remedy(changes, told) -> None:

@@ -40,7 +40,7 @@ from deploykit.targets import (
     why_not_here,
 )
 
-QUANTIZE = ("auto", "ptq", "none")
+QUANTIZE = ("auto", "ptq", "fp16-weights", "none")
 MAX_DROP = 0.01
 GOLDEN_SAMPLES = 16
 BATCHES = ("1", "32")
@@ -77,7 +77,8 @@ def export_foreign(
         data: a YAML file with a recipe's ``data`` section, a folder of one folder a class,
             ``digits``, or the samples. Its ``normalize`` is what the model was trained with.
         target: where it will run; default: this machine's CPU.
-        quantize: ``auto``; ``ptq``: integers, however fast; ``none``: floats as they are.
+        quantize: ``auto``; ``ptq``: integers, however fast; ``fp16-weights``: weights in two bytes,
+            computed in float32; ``none``: floats as they are.
         max_drop: largest loss of validation accuracy; 0 to 1.
         layout: ``nchw`` or ``nhwc``, where the sizes of the input do not tell.
         name: of the bundle; default: the file's.
@@ -150,8 +151,8 @@ def _check_words(quantize: str, target: Target, max_drop: float, layout: str | N
         raise UsageError(f"--quantize: expected {', '.join(QUANTIZE)}, got {quantize!r}")
     if quantize == "ptq" and target.precision != "int8":
         raise UsageError(
-            f"--quantize: expected auto or none for target {target.name}, which has no integer "
-            f"kernels and ships {target.precision}, got ptq"
+            f"--quantize: expected auto, fp16-weights or none for target {target.name}, which has "
+            f"no integer kernels and ships {target.precision}, got ptq"
         )
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"--layout: expected {' or '.join(LAYOUTS)}, got {layout!r}")

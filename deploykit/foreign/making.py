@@ -38,7 +38,7 @@ class Made:
     """A model that may ship.
 
     Attributes:
-        precision: ``fp32``, ``fp16`` or ``int8``.
+        precision: ``fp32``, ``fp16``, ``fp16-weights`` or ``int8``.
         model: its file.
         validation: its answers to the validation split.
         agreement: with the file as it was given.
@@ -68,7 +68,7 @@ def make(
     Args:
         foreign: the model and its samples.
         target: where it will run.
-        quantize: ``auto``, ``ptq`` or ``none``.
+        quantize: ``auto``, ``ptq``, ``fp16-weights`` or ``none``.
         max_drop: largest loss of validation accuracy.
         folder: to write the files in.
         name: of the model.
@@ -83,7 +83,9 @@ def make(
     if quantize == "none":
         (only,) = _timed([floats], target, threads)
         return only, replace(only, why="fp32 ships, as asked for")
-    if target.precision == "fp16":
+    if quantize == "fp16-weights":
+        other = _in_two_bytes(foreign, "fp16-weights", folder / "fp16-weights.onnx", name)
+    elif target.precision == "fp16":
         other = make_halves(foreign, floats, folder / "fp16.onnx", name)
     else:
         try:
@@ -98,7 +100,7 @@ def make(
         f"{other.precision} costs {lost:.2%} of validation accuracy "
         f"(95%: {low:.2%} to {high:.2%}), {max_drop:.2%} allowed"
     )
-    demanded = quantize == "ptq" or target.precision == "fp16"
+    demanded = quantize != "auto" or target.precision == "fp16"
     if demanded and lost > max_drop:
         raise BudgetError(
             f"quantize: {cost}; allow more with --max-drop, or ship floats with --quantize none"
@@ -155,7 +157,6 @@ def make_halves(foreign: Foreign, floats: Made, path: Path, name: str) -> Made:
     Raises:
         VerificationError: a value is too large for them, or the answers are others.
     """
-    exactness = EXACTNESS["fp16"]
     samples = foreign.dataset.validation.load(np.arange(min(FEW, len(foreign.dataset.validation))))
     proto = onnx.load(floats.model.path)
     value, layer = largest_value(proto, samples, foreign.recipe.threads)
@@ -164,8 +165,18 @@ def make_halves(foreign: Foreign, floats: Made, path: Path, name: str) -> Made:
             f"fp16: expected values below {HALF:g}, got {value:.4g} at {layer}, which overflows; "
             "ship fp32 with --quantize none"
         )
-    model = foreign.write(foreign.core, path, name, dequantize=False, precision="fp16")
-    made = _proven(foreign, "fp16", model, exactness.steps, exactness.steps)
+    return _in_two_bytes(foreign, "fp16", path, name)
+
+
+def _in_two_bytes(foreign: Foreign, precision: str, path: Path, name: str) -> Made:
+    """Write the model in another precision of floats.
+
+    Raises:
+        VerificationError: the answers are others.
+    """
+    steps = EXACTNESS[precision].steps
+    model = foreign.write(foreign.core, path, name, dequantize=False, precision=precision)
+    made = _proven(foreign, precision, model, steps, steps)
     demand(made.agreement, foreign.recipe.verify, "ship fp32 with --quantize none")
     return made
 

@@ -125,10 +125,11 @@ class Recipe(Section):
         description="where the model will run: cpu (this machine's), cpu-x86-vnni, cpu-x86-avx2, "
         "cpu-arm64, cuda (without quantize), tensorrt, web",
     )
-    precision: Literal["fp32", "fp16", "bf16"] | None = Field(
+    precision: Literal["fp32", "fp16", "fp16-weights", "bf16"] | None = Field(
         None,
-        description="floats that ship: fp16 computes in halves, bf16 stores weights in two bytes "
-        "and computes in float32; default: the target's (cuda: fp16), else fp32; not with quantize",
+        description="floats that ship: fp16 computes in halves, fp16-weights and bf16 store "
+        "weights in two bytes and compute in float32; default: the target's (cuda: fp16), else "
+        "fp32; not with quantize",
     )
     threads: Count = Field(1, description="threads of every latency figure")
     data: DataSection = Field(description="samples")
@@ -175,7 +176,7 @@ class Recipe(Section):
         return tuple(name for name in COMPRESSORS if getattr(self, name) is not None)
 
     def precision_on(self, target: Target) -> str:
-        """Return what the model computes in that ships to ``target``: int8, fp32, fp16 or bf16."""
+        """Return what the model is made of that ships to ``target``: int8, or a `precision`."""
         if self.precision is not None:
             return self.precision
         if target.precision != "int8":
