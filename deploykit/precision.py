@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from deploykit.artifacts import Candidate
-from deploykit.errors import ExportError
 from deploykit.quantization.operators import NORM
 
 
@@ -74,9 +73,6 @@ def convert_floats(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
         proto: a float model, whose layers and tensors keep their names.
         precision: ``fp32`` changes nothing; ``fp16`` computes in halves; ``fp16-weights`` and
             ``bf16`` store the weights so and compute in float32.
-
-    Raises:
-        ExportError: a weight is too large to be stored so.
     """
     if precision == "fp16":
         return _sorted(_fp16_converter()(proto, keep_io_types=True))
@@ -108,25 +104,22 @@ def _sorted(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _store(graph: onnx.GraphProto, dtype: torch.dtype, kind: int) -> None:
     """Keep weights in two bytes; what has one axis (biases, scales) stays exact and costs little.
 
-    ONNX Runtime casts constants once, when it opens the model.
+    So does what two bytes cannot hold, as the least float of a mask in fp16. ONNX Runtime casts
+    constants once, when it opens the model.
     """
     casts = []
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
             values = torch.tensor(numpy_helper.to_array(tensor))
-            largest = values.abs().max().item() if values.numel() else 0.0
-            if not largest <= torch.finfo(dtype).max:
-                raise ExportError(
-                    f"{tensor.name}: expected weights of at most {torch.finfo(dtype).max:g} to be "
-                    f"stored in two bytes, got {largest:.4g}; ship fp32, or bf16 (a recipe's "
-                    "precision)"
-                )
-            stored = values.to(dtype).view(torch.uint16).numpy().tobytes()
+            stored = values.to(dtype)
+            if not torch.equal(stored.isfinite(), values.isfinite()):
+                continue
+            data = stored.view(torch.uint16).numpy().tobytes()
             name = f"{tensor.name}_stored"
             casts.append(
                 helper.make_node("Cast", [name], [tensor.name], name=name, to=TensorProto.FLOAT)
             )
-            tensor.CopyFrom(helper.make_tensor(name, kind, tensor.dims, stored, raw=True))
+            tensor.CopyFrom(helper.make_tensor(name, kind, tensor.dims, data, raw=True))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
