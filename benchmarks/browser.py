@@ -165,9 +165,9 @@ def python_answers(site: Path, files: Sequence[bytes]) -> dict[str, Any]:
     manifest, contents = runtime.read_bundle(site)
     started = time.perf_counter()
     session = runtime.open_model(manifest, contents, 1)
-    samples = [runtime.read_sample(file, manifest)[np.newaxis] for file in files]
-    runtime.run_model(session, samples[0])
+    runtime.run_model(session, runtime.read_sample(files[0], manifest)[np.newaxis])
     first_ms = 1000 * (time.perf_counter() - started)
+    samples = [runtime.read_sample(file, manifest)[np.newaxis] for file in files]
     logits, times_ms = [], []
     for sample in samples:
         before = time.perf_counter()

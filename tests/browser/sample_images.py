@@ -139,7 +139,31 @@ def pngs() -> dict[str, bytes]:
     found["one row"] = png(photo(3)[:1], 2, 8, interlaced=True)
     for turn in range(1, 9):
         found[f"orientation {turn}"] = saved(photo(4), "PNG", exif=exif(turn))
+    block = exif(6).tobytes()
+    hexadecimal = b"\nexif\n%8d\n%s\n" % (len(block), block.hex().encode())
+    keyword = b"Raw profile type exif\0"
+    found["orientation in ImageMagick's text"] = png(photo(3), 2, 8, tEXt=keyword + hexadecimal)
+    packed_text = keyword + b"\0" + zlib.compress(hexadecimal)
+    found["orientation in ImageMagick's packed text"] = png(photo(3), 2, 8, zTXt=packed_text)
+    bare = block.removeprefix(b"Exif\0\0")
+    found["orientation behind JPEG's mark"] = png(photo(3), 2, 8, eXIf=b"Exif\0\0" + bare)
+    long = b"MM\0\x2a" + struct.pack(">IHHHIII", 8, 1, 0x0112, 4, 1, 6, 0)
+    found["orientation as a long number"] = png(photo(3), 2, 8, eXIf=long)
     return found
+
+
+def other_palette() -> bytes:
+    """A PNG whose palette changed on the way."""
+    data = bytearray(png(photo(1), 3, 8, PLTE=bytes(range(256)) * 3))
+    data[data.index(b"PLTE") + 4] ^= 1
+    return bytes(data)
+
+
+def interlaced_otherwise() -> bytes:
+    """A PNG that names a way to interlace which nobody knows."""
+    data = png(photo(3), 2, 8)
+    head = data[16:28] + b"\2"
+    return data[:8] + chunk(b"IHDR", head) + data[33:]
 
 
 # JPEG

@@ -25,7 +25,15 @@ from deploykit.bundle_files import npy_bytes, npz_bytes
 from deploykit.errors import VerificationError
 from deploykit.runtime import FILTERS, decode_image
 from deploykit.web import vendored
-from tests.browser.sample_images import chunk, jpegs, photo, pngs, saved
+from tests.browser.sample_images import (
+    chunk,
+    interlaced_otherwise,
+    jpegs,
+    other_palette,
+    photo,
+    pngs,
+    saved,
+)
 from tests.browser.screen import LETTERS, OVERFLOWING, SIZES, SMALLEST_LETTERS
 
 # Grey levels by which decoders of CMYK may differ, and what a filter that sharpens makes of one.
@@ -191,6 +199,8 @@ def test_other_pixels_would_be_seen(browser, digits) -> None:
         ("empty", b"", "0 bytes of something else"),
         ("cut", pngs()["colour, 8 bits"][:400], "damaged"),
         ("cut JPEG", b"\xff\xd8\xff\xe0\0\x10", "damaged"),
+        ("palette", other_palette(), "its PLTE is not what"),
+        ("interlaced", interlaced_otherwise(), "its head is none"),
         ("bits", pngs()["colour, 8 bits"].replace(b"IDAT", b"IDAT\xff", 1), "damaged"),
         (
             "giant",
@@ -208,6 +218,22 @@ def test_what_is_no_image_is_refused(browser, digits, name, data, told) -> None:
     with opened(browser, digits, "tiny/") as (page, base, _):
         found = page.evaluate(DECODE, [base, {name: in_base64(data)}, specs_of()[:1]])[name]
     assert told in found
+
+
+def test_an_image_that_is_still_loading_is_refused(browser, digits) -> None:
+    """A browser would draw nothing, and nothing is white."""
+    with opened(browser, digits, "tiny/") as (page, base, _):
+        told = page.evaluate(
+            """async (base) => {
+                const { pixelsOf } = await import(base + "web/images.js");
+                const image = new Image();
+                Object.defineProperty(image, "complete", { value: false });
+                [image.width, image.height] = [9, 9];
+                return pixelsOf(image).catch((error) => error.message);
+            }""",
+            base,
+        )
+    assert "still loading" in told
 
 
 def test_what_a_page_shows_is_taken_too(browser, digits) -> None:
@@ -578,6 +604,45 @@ def test_the_camera_is_asked_for_on_demand(browser, digits) -> None:
         page.get_by_role("button", name="Ask the model").click()
         expect(page.locator("#headline")).to_contain_text("%")
         page.get_by_role("radio", name="Draw").check()
+        assert page.evaluate("document.getElementById('video').srcObject") is None
+    other.close()
+    assert faults == []
+
+
+# A person who takes time to allow the camera.
+LATE = """() => {
+    const media = navigator.mediaDevices, real = media.getUserMedia.bind(media);
+    window.streams = [];
+    const allowed = new Promise((allow) => { window.allow = allow; });
+    media.getUserMedia = async (wish) => {
+        await allowed;
+        streams.push(await real(wish));
+        return streams.at(-1);
+    };
+}"""
+
+
+# The page's policy forbids what Playwright's own waiting would compile.
+UNTIL = "async () => {{ while (!({})) await new Promise((next) => setTimeout(next, 20)); }}"
+
+
+@pytest.mark.parametrize("starts", [1, 2])
+def test_a_camera_that_nobody_wants_any_more_is_off(browser, digits, starts) -> None:
+    fake = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    other = launched(browser, *fake)
+    with opened(other, digits, "tiny/") as (page, _, faults):
+        expect(page.locator("#proof")).to_contain_text("passed")
+        page.evaluate(LATE)
+        page.get_by_role("radio", name="Camera").check()
+        for _ in range(starts):
+            page.get_by_role("button", name="Start the camera").click()
+        if starts == 1:  # and looks elsewhere
+            page.get_by_role("radio", name="Draw").check()
+        page.evaluate("allow()")
+        page.evaluate(UNTIL.format(f"streams.length === {starts}"))
+        if starts == 2:
+            page.get_by_role("button", name="Stop the camera").click()
+        page.evaluate(UNTIL.format("streams.every((one) => !one.active)"))
         assert page.evaluate("document.getElementById('video').srcObject") is None
     other.close()
     assert faults == []

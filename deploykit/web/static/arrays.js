@@ -30,8 +30,11 @@ export function readNpy(bytes) {
   const code = /'descr': '[<|=]?([a-z]\d)'/.exec(head)?.[1];
   const shape = /'shape': \(([\d, ]*)\)/.exec(head)?.[1].match(/\d+/g)?.map(Number) ?? [];
   const dtype = Object.keys(DTYPES).find((name) => DTYPES[name].code === code);
-  if (!dtype || !/'fortran_order': False/.test(head)) {
-    throw new Refusal("expected a .npy file of plain numbers in C order; numpy.ascontiguousarray makes one");
+  if (!dtype) {
+    throw new Refusal("expected a .npy file of little-endian numbers, no float16; array.astype('<f4') makes one");
+  }
+  if (!/'fortran_order': False/.test(head)) {
+    throw new Refusal("expected a .npy file in C order; numpy.ascontiguousarray makes one");
   }
   const content = bytes.slice(start + size); // a copy: arrays begin where their numbers are aligned
   const { array } = DTYPES[dtype];

@@ -8,19 +8,39 @@ const WHY = {
   NotReadableError: "The camera is used by another program.",
 };
 
-/** Show the camera in a <video>; it takes what looks away from the person where there is a choice. */
+let turn = 0; // of the newest wish; a camera that comes for an older one is given back at once
+
+/**
+ * Show the camera in a <video>; it takes what looks away from the person where there is a choice.
+ *
+ * Returns whether it is on: not where it was stopped, or asked for again, in the meantime.
+ */
 export async function startCamera(video) {
   if (!navigator.mediaDevices) throw new Refusal("A browser lends the camera only to pages of https or of this machine.");
+  const mine = ++turn;
+  let stream;
   try {
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    if (mine === turn) {
+      video.srcObject = stream;
+      await video.play();
+    }
   } catch (error) {
-    throw new Refusal(WHY[error.name] ?? `The camera cannot be used: ${error.message}`);
+    if (mine === turn) {
+      release(stream);
+      video.srcObject = null;
+      throw new Refusal(WHY[error.name] ?? `The camera cannot be used: ${error.message}`);
+    }
   }
-  await video.play();
+  if (mine !== turn) release(stream);
+  return mine === turn;
 }
 
 /** Give the camera back. */
 export function stopCamera(video) {
-  video.srcObject?.getTracks().forEach((track) => track.stop());
+  turn++;
+  release(video.srcObject);
   video.srcObject = null;
 }
+
+const release = (stream) => stream?.getTracks().forEach((track) => track.stop());

@@ -6,7 +6,7 @@
 
 import { DTYPES, cast, dtypeOf, readNpy, sizeOf } from "./arrays.js";
 import { checkGolden } from "./golden.js";
-import { pixelsOf } from "./images.js";
+import { bytesOf, pixelsOf } from "./images.js";
 import { toModelPixels } from "./preprocess.js";
 import { Refusal } from "./refusal.js";
 import { canHash, fetchFile, fetchManifest } from "./site.js";
@@ -38,9 +38,13 @@ export async function load(site = new URL("../", import.meta.url), { threads, pr
   const get = (name) => fetchFile(base, manifest, name);
   const [bytes, runtime] = await Promise.all([get(MODEL), openRuntime(base, get, threads)]);
   const session = await openSession(runtime, bytes, manifest);
-  delete runtime.env.wasm.wasmBinary; // it was compiled
   const model = new Model(manifest, runtime, session, get);
-  if (prove) await model.prove();
+  try {
+    if (prove) await model.prove();
+  } catch (error) {
+    await model.close();
+    throw error;
+  }
   return model;
 }
 
@@ -50,7 +54,9 @@ async function openRuntime(base, get, threads) {
     throw new Refusal("expected a browser with WebAssembly SIMD; take a newer one");
   }
   const [wasm] = await Promise.all([get(WASM), get(RUNTIME)]);
-  const runtime = await import(new URL(RUNTIME, base).href);
+  const runtime = await import(new URL(RUNTIME, base).href).catch((error) => {
+    throw new Refusal(`${RUNTIME}: this browser cannot run it: ${error.message}`);
+  });
   const { env } = runtime;
   env.logLevel = "error";
   env.wasm.wasmBinary ??= wasm;
@@ -62,13 +68,25 @@ async function openRuntime(base, get, threads) {
 const usualThreads = () => Math.min(4, Math.ceil((navigator.hardwareConcurrency || 1) / 2));
 
 /** Open a session from verified bytes, and hold its border to the manifest. */
-async function openSession({ InferenceSession }, bytes, manifest) {
+async function openSession({ InferenceSession, env }, bytes, manifest) {
   let session;
   try {
     session = await InferenceSession.create(bytes, { executionProviders: ["wasm"], logSeverityLevel: 3 });
   } catch (error) {
     throw new Refusal(`${MODEL}: onnxruntime-web cannot open it: ${error.message}`);
+  } finally {
+    delete env.wasm.wasmBinary; // it was compiled
   }
+  try {
+    checkBorder(session, manifest);
+  } catch (error) {
+    await session.release();
+    throw error;
+  }
+  return session;
+}
+
+function checkBorder(session, manifest) {
   for (const [key, found] of [["inputs", session.inputMetadata], ["outputs", session.outputMetadata]]) {
     const [told] = manifest[key];
     const [one] = found;
@@ -80,7 +98,6 @@ async function openSession({ InferenceSession }, bytes, manifest) {
   if (!DTYPES[manifest.inputs[0].dtype]) {
     throw new Refusal(`${MODEL}: inputs: expected one of ${Object.keys(DTYPES)}, got ${manifest.inputs[0].dtype}`);
   }
-  return session;
 }
 
 /** An opened model; `load` makes it. */
@@ -126,12 +143,16 @@ export class Model {
     return { ...top[0], top, logits, milliseconds };
   }
 
+  /** Give the model's memory back; it answers no more. */
+  async close() {
+    await this.#session.release();
+  }
+
   /** Run the golden samples. Returns { passed: true, samples, maxAbs, greyLevels } or { passed: false, why }. */
   async selftest() {
     try {
       return { passed: true, ...(await this.prove()) };
     } catch (error) {
-      if (!(error instanceof Refusal)) throw error;
       return { passed: false, why: error.message };
     }
   }
@@ -156,7 +177,7 @@ export class Model {
     }
     const given = array
       ? { dtype: dtypeOf(source), data: source, shape: shape.slice(1) }
-      : readNpy(new Uint8Array(await source.arrayBuffer()));
+      : readNpy(await bytesOf(source));
     if (given.data.length !== sizeOf(shape.slice(1)) || String(given.shape) !== String(shape.slice(1))) {
       throw new Refusal(
         `expected ${dtype} of shape (${shape.slice(1)}), got ${given.data.length} numbers of shape (${given.shape})`,
@@ -171,7 +192,9 @@ export class Model {
   async #run(data, count) {
     const [{ name, dtype, shape }] = this.manifest.inputs;
     const tensor = new this.#runtime.Tensor(dtype, data, [count, ...shape.slice(1)]);
-    const found = await this.#session.run({ [name]: tensor });
+    const found = await this.#session.run({ [name]: tensor }).catch((error) => {
+      throw new Refusal(`${MODEL}: onnxruntime-web cannot run it: ${error.message}`);
+    });
     const logits = Array.from(found[this.manifest.outputs[0].name].data, Number);
     if (!logits.every(Number.isFinite)) throw new Refusal(`${MODEL}: expected finite outputs, got NaN or infinity`);
     return logits;

@@ -147,8 +147,7 @@ $("centre").addEventListener("change", () => (pad.centred = $("centre").checked)
 $("start").addEventListener("click", async () => {
   if ($("video").srcObject) return switchCamera(false);
   try {
-    await startCamera($("video"));
-    switchCamera(true);
+    if (await startCamera($("video"))) switchCamera(true);
   } catch (error) {
     failed(error);
   }

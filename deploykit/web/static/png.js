@@ -9,6 +9,9 @@ const ADAM7 = [
   [0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2, 4], [1, 0, 2, 2], [0, 1, 1, 2],
 ];
 
+const RAW_PROFILE = "Raw profile type exif"; // text of ImageMagick's, older than the chunk for it
+const MAX_TEXT = 2 ** 20; // bytes
+
 const damaged = (why) => new Refusal(`expected a PNG or JPEG image, got a damaged one (${why})`);
 
 /** Return the width and height that a PNG's head tells. */
@@ -27,19 +30,21 @@ export async function decodePng(bytes) {
     .filter(({ columns, rows }) => columns && rows);
   const size = passes.reduce((sum, { rows, rowBytes }) => sum + rows * (rowBytes + 1), 0);
   const raw = await inflate(found.IDAT, size);
+  if (raw.length < size) throw damaged("it ends too early");
   const data = new Uint8ClampedArray(4 * head.width * head.height);
   const paint = painter(head, found, data);
   let at = 0;
   for (const pass of passes) at = paintPass(raw, at, pass, head, paint);
-  return { width: head.width, height: head.height, data, exif: found.eXIf };
+  return { width: head.width, height: head.height, data, exif: found.eXIf ?? (await rawProfile(found.text)) };
 }
 
 function headOf(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (bytes.length < 33 || view.getUint32(12) !== 0x49484452) throw damaged("it has no head");
   const [width, height] = [view.getUint32(16), view.getUint32(20)];
-  const [depth, type, , , interlaced] = bytes.subarray(24, 29);
-  if (!width || !height || !DEPTHS[type]?.includes(depth)) throw damaged("its head is none");
+  const [depth, type, packing, filters, interlaced] = bytes.subarray(24, 29);
+  const known = DEPTHS[type]?.includes(depth) && !packing && !filters && interlaced < 2;
+  if (!width || !height || !known) throw damaged("its head is none");
   return { width, height, depth, type, interlaced: interlaced === 1 };
 }
 
@@ -53,10 +58,36 @@ function chunksOf(bytes) {
     const content = bytes.subarray(at + 8, at + 8 + size);
     if (content.length < size || name === "IEND") break;
     if (name === "IDAT") found.IDAT.push(content);
-    else if (["PLTE", "tRNS", "eXIf"].includes(name)) found[name] ??= content;
+    else if (!found.IDAT.length) check(bytes.subarray(at + 4, at + 8 + size), view.getUint32(at + 8 + size), name);
+    if (["PLTE", "tRNS", "eXIf"].includes(name)) found[name] ??= content;
+    if (["tEXt", "zTXt"].includes(name) && textOf(content.subarray(0, RAW_PROFILE.length)) === RAW_PROFILE) {
+      found.text ??= { packed: name === "zTXt", content: content.subarray(RAW_PROFILE.length + 1) };
+    }
     at += 12 + size;
   }
   return found;
+}
+
+const textOf = (bytes) => new TextDecoder("latin1").decode(bytes);
+
+/** Refuse a chunk that is not what was written; those behind the pixels begin matter little. */
+function check(bytes, expected, name) {
+  if (!/^\w{4}$/.test(name)) throw damaged("it has a chunk without a name");
+  let crc = ~0; // CRC-32 of ISO 3309
+  for (const byte of bytes) {
+    crc ^= byte;
+    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
+  }
+  if (~crc >>> 0 !== expected) throw damaged(`its ${name} is not what its checksum says`);
+}
+
+/** Return the EXIF block that a text holds: three lines of head, then hexadecimal. */
+async function rawProfile(text) {
+  if (!text) return undefined;
+  const { packed, content } = text; // where packed, behind the number of the method
+  const plain = packed ? await inflate([content.subarray(1)], MAX_TEXT).catch(() => new Uint8Array()) : content;
+  const digits = textOf(plain).split("\n").slice(3).join("").match(/[0-9a-f]{2}/gi);
+  return Uint8Array.from(digits ?? [], (two) => parseInt(two, 16));
 }
 
 /** Unpack at most `size` bytes: what a small file claims to hold takes no more memory than its image. */
@@ -75,8 +106,7 @@ async function inflate(parts, size) {
   } catch (error) {
     throw damaged(error.message);
   }
-  if (filled < size) throw damaged("it ends too early");
-  return out;
+  return out.subarray(0, filled);
 }
 
 function sizeOfPass({ width, height, type, depth }, [left, top, stepX, stepY]) {
