@@ -289,6 +289,17 @@ def verify_bundle(path: Path, key: Path | None = None) -> JsonDict:
     return manifest
 
 
+def about_runner(manifest: Mapping[str, Any]) -> str:
+    """Say that nobody compared a bundle's ``run.py``; nothing where `verify_bundle` did."""
+    made_by = manifest["verified_on"].get("deploykit")
+    if made_by == __version__:
+        return ""
+    return (
+        f"{runtime.RUNNER} is that of deploykit {made_by!r}, and this is {__version__}: it was "
+        "held to the manifest alone"
+    )
+
+
 def load_bundle(path: Path | str, threads: int | None = None) -> Bundle:
     """Open a bundle after verifying its files; what was verified is what is opened.
 

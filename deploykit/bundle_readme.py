@@ -10,7 +10,7 @@ A model for {task} on `{target}`, made by deploykit, with the proof that it work
 ## Run
 
 ```
-pip install "numpy" "onnxruntime>={min_onnxruntime}"{pillow}
+pip install "numpy" "onnxruntime>={min_onnxruntime}"{pillow}    # Python 3.10 or newer
 python run.py selftest
 python run.py predict {example}
 python run.py bench
@@ -58,7 +58,7 @@ def readme(manifest: Mapping[str, Any], files: Sequence[str]) -> str:
     return TEMPLATE.format(
         **{key: _plain(manifest[key]) for key in ("name", "version", "task", "target")},
         min_onnxruntime=manifest["min_onnxruntime"],
-        pillow=' "pillow"' if image else "",
+        pillow=' "pillow>=9.1"' if image else "",
         site=SITE if "index.html" in files else "",
         example=next(file for file in files if file.startswith("golden/000")),
         interface=_interface(manifest),

@@ -194,9 +194,11 @@ def sign(
     force: Annotated[bool, typer.Option("--force", help="replace a signature")] = False,
 ) -> None:
     """Sign a bundle, so that who has the public key can tell it from another's."""
+    from deploykit.bundle import about_runner
     from deploykit.signing import sign_bundle
 
-    sign_bundle(bundle, key, force=force)
+    if told := about_runner(sign_bundle(bundle, key, force=force)):
+        typer.echo(told)
     typer.echo(f"{bundle}: signed; deploykit verify --key PUBLIC.pem checks it")
 
 
@@ -209,7 +211,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check every byte of a bundle and its golden samples, and its signature."""
-    from deploykit.bundle import verify_bundle
+    from deploykit.bundle import about_runner, verify_bundle
     from deploykit.runtime import about_signature
 
     manifest = verify_bundle(bundle, key)
@@ -217,6 +219,8 @@ def verify(
         f"{bundle}: {manifest['name']} {manifest['version']} for {manifest['target']}: verified, "
         f"{len(manifest['files'])} files; golden samples agree"
     )
+    if told := about_runner(manifest):
+        typer.echo(told)
     typer.echo(about_signature(bundle) if key is None else f"signed by the owner of {key}")
 
 
@@ -455,11 +459,17 @@ def _command() -> str:
 
 def main() -> None:
     """Run the command line; the only place that catches errors."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # until now nothing was to be cleaned up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads it has enough, as `head` has
+        _give_up_output()
+        sys.exit(128 + signal.SIGPIPE)
     except DeploykitError as error:
         sys.exit(_tell(str(error), error, error.exit_code))
     except TyperException as error:
@@ -470,6 +480,11 @@ def main() -> None:
     if status == 128 + signal.SIGINT:  # Ctrl-C outside of a run, which typer has caught
         _tell("stopped by SIGINT", None, status)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _give_up_output() -> None:
+    """Let Python's end not write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell(sentence: str, error: BaseException | None, exit_code: int) -> int:

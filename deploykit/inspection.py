@@ -83,14 +83,16 @@ def _bundle_lines(folder: Path) -> Iterator[str]:
     )
     for kind in ("inputs", "outputs"):
         for spec in manifest[kind]:
-            yield f"{kind[:-1]}: {spec['name']} {spec['dtype']} {spec['shape']}"
-    yield f"labels: {_shortened(manifest['labels'])}"
+            name = runtime.printable(spec["name"])
+            yield f"{kind[:-1]}: {name} {spec['dtype']} {spec['shape']}"
+    yield f"labels: {runtime.printable(_shortened(manifest['labels']))}"
     yield from _measured_lines(manifest["measured"])
     yield (
         f"opset {manifest['opset']}, onnxruntime >= {manifest['min_onnxruntime']}, "
         f"{manifest['threads']} threads"
     )
     yield f"digest: {manifest['digest']}"
+    yield runtime.about_signature(folder)
     for name, entry in sorted(manifest["files"].items()):
         yield f"  {entry['bytes']:>10,}  {name}"
 

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -37,14 +38,14 @@ OUR_FOLDERS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "candidate": (("structure.json",), ("model.safetensors",)),
 }
-# How the zip file of a bundle begins: an entry's head of 30 bytes, and its name.
-ZIP_MAGIC, ZIP_NAME = b"PK\3\4", slice(30, 30 + len(MANIFEST))
+# How the zip file of a bundle begins: an entry's head of 30 bytes, its name, its first key.
+ZIP_MAGIC, ZIP_FIRST, ZIP_HEAD_BYTES = b"PK\3\4", b'manifest.json{"digest":"', 30
 LEFT_OVER = (".*.tmp", ".*.staging", ".DS_Store")  # by this or another program; no loss
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Replace the file at ``path`` by ``data``, wholly or not at all.
+    """Replace the file at ``path`` by ``data``, wholly or not at all; it keeps its mode.
 
     Args:
         path: the file.
@@ -59,6 +60,8 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
         try:
             with staging.open("xb") as file:
                 _lock(file.fileno())
+                with suppress(FileNotFoundError):
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -131,8 +134,8 @@ def _is_zip(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        head = file.read(ZIP_NAME.stop)
-    return head.startswith(ZIP_MAGIC) and head[ZIP_NAME] == MANIFEST.encode()
+        head = file.read(ZIP_HEAD_BYTES + len(ZIP_FIRST))
+    return head.startswith(ZIP_MAGIC) and head[ZIP_HEAD_BYTES:] == ZIP_FIRST
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ It needs numpy and onnxruntime, and pillow where image files are read::
     python run.py bench [--json]            latency and memory on this machine
 
 Exit codes: 0 done, 2 bad usage, 3 missing or undecodable input, 4 the bundle is broken or
-failed its test, 5 a package is missing or too old, 130 interrupted.
+failed its test, 5 Python or a package is missing or too old, 130 interrupted.
 
 ``manifest.json`` is canonical JSON: UTF-8, keys sorted, no white space, no NaN, no newline at
 the end. Its ``digest`` is the SHA-256 of the canonical JSON of the manifest without that key,
@@ -30,6 +30,10 @@ import signal
 import stat
 import struct
 import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - a device may have any
+    print("error: expected Python 3.10 or newer; name another: python3.12 run.py", file=sys.stderr)
+    sys.exit(5)
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,18 +42,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends quietly
 try:
     import numpy as np
-except ModuleNotFoundError:
+except ImportError as error:
     if __name__ != "__main__":
         raise
-    print("error: numpy is missing; install it: pip install numpy", file=sys.stderr)
+    print(f"error: numpy cannot be loaded ({error}); pip install -U numpy", file=sys.stderr)
     sys.exit(5)
 
 SCHEMA = 1
 MANIFEST, MODEL, RUNNER, EXPECTED = "manifest.json", "model.onnx", "run.py", "golden/expected.npz"
 SIGNATURE = "signature.json"  # the one file that may stand beside what the manifest names
 MAX_MANIFEST_BYTES = 2**20
+MAX_NAME = 200  # letters
 MAX_FILE_BYTES = 2**31  # an ONNX file cannot be larger
 MAX_SIGNATURE_BYTES = 2**16
 MAX_ARCHIVE_BYTES = 2**32 - 1  # beyond that a zip file has another format
@@ -87,6 +94,8 @@ KEYS: Mapping[str, type | tuple[type, ...]] = {
     "files": dict,
     "digest": str,
 }
+X86 = ("x86_64", "amd64", "x64", "i386", "i486", "i586", "i686", "x86")
+CONFINED = (1, 24)  # onnxruntime before it opens weights outside of the folder that it is given
 ENTRY_BYTES = 30  # before the name of a zip file's entry: APPNOTE.TXT 6.3.10, 4.3.7
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -176,8 +185,11 @@ def _open_image(data: bytes, max_pixels: int) -> Any:
     """Read the header by the decoder that the magic names: no other format gets a chance."""
     try:
         from PIL import JpegImagePlugin, PngImagePlugin
-    except ModuleNotFoundError as error:
-        raise PackageError("image files need pillow: pip install pillow") from error
+        from PIL.Image import Resampling, Transform, Transpose  # noqa: F401 - those of 9.1
+    except ImportError as error:
+        raise PackageError(
+            f"image files need pillow 9.1 or newer ({_first_line(error)}); pip install -U pillow"
+        ) from error
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         image: Any = PngImagePlugin.PngImageFile(io.BytesIO(data))
     elif data.startswith(b"\xff\xd8\xff"):
@@ -548,9 +560,8 @@ def _check_names(declared: Mapping[str, Any], present: set[str]) -> None:
     if missing or extra:
         found = [f"lacks {name}" for name in missing] + [f"has {name!r} too" for name in extra]
         listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        raise BrokenBundleError(
-            f"differs from its manifest: {listed}; fetch the bundle again", missing, extra
-        )
+        remedy = "fetch the bundle again" if missing else "remove what is not the bundle's"
+        raise BrokenBundleError(f"differs from its manifest: {listed}; {remedy}", missing, extra)
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
@@ -565,16 +576,17 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
         manifest = json.loads(data)
         # Repeated keys, white space, NaN: whatever is not canonical comes back different.
         canonical = canonical_json(manifest) == data
+        digest = digest_of(manifest) if isinstance(manifest, dict) else ""
     except (ValueError, RecursionError):
         canonical = False
     if not canonical or not isinstance(manifest, dict):
         raise BrokenBundleError(f"{MANIFEST}: expected canonical JSON; fetch the bundle again")
     schema = manifest.get("schema")
     if type(schema) is not int or schema != SCHEMA:
-        raise BrokenBundleError(
-            f"{MANIFEST}: schema: expected {SCHEMA}, got {schema!r}; a newer deploykit reads it"
-        )
-    if manifest.get("digest") != digest_of(manifest):
+        newer = type(schema) is int and schema > SCHEMA
+        remedy = "a newer deploykit reads it" if newer else "export the bundle again"
+        raise BrokenBundleError(f"{MANIFEST}: schema: expected {SCHEMA}, got {schema!r}; {remedy}")
+    if manifest.get("digest") != digest:
         raise BrokenBundleError(
             f"{MANIFEST}: digest: differs from the content; fetch the bundle again"
         )
@@ -592,6 +604,9 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     for key, types in KEYS.items():
         if not isinstance(manifest[key], types) or isinstance(manifest[key], bool):
             raise ValueError(f"{key}: got {manifest[key]!r}")
+    for key in ("name", "version", "target", "task"):
+        if not manifest[key].isprintable() or len(manifest[key]) > MAX_NAME:
+            raise ValueError(f"{key}: expected printable text, got {manifest[key][:MAX_NAME]!r}")
     if not 1 <= manifest["threads"] <= MAX_THREADS:
         raise ValueError(f"threads: expected 1 to {MAX_THREADS}, got {manifest['threads']}")
     if not _are_names(manifest["labels"]) or len(set(manifest["labels"])) < len(manifest["labels"]):
@@ -599,6 +614,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     if len(manifest["inputs"]) != 1 or len(manifest["outputs"]) != 1:
         raise ValueError("expected one input and one output")
     for spec in (*manifest["inputs"], *manifest["outputs"]):
+        if not re.fullmatch(r"[a-z]+\d*", spec["dtype"]):  # numpy evaluates what has a comma
+            raise ValueError(f"expected a dtype, got {spec['dtype']!r}")
         np.dtype(spec["dtype"])
         if set(spec) != {"name", "dtype", "shape"} or not all(
             type(n) is int for n in spec["shape"]
@@ -700,9 +717,15 @@ def cpu_flags() -> frozenset[str]:
 
 
 def detect_cpu(flags: Collection[str] | None = None, machine: str | None = None) -> str:
-    """Name the CPU target of this machine, or of one with these feature flags."""
-    if (machine or platform.machine()).lower() in {"arm64", "aarch64"}:
+    """Name the CPU target of this machine, or of one with these feature flags.
+
+    That of another kind than x86 and 64-bit ARM is called after it, and no bundle is made for it.
+    """
+    machine = (machine or platform.machine()).lower()
+    if machine in {"arm64", "aarch64"}:
         return "cpu-arm64"
+    if machine not in X86:
+        return f"cpu-{machine}"
     flags = cpu_flags() if flags is None else flags
     return "cpu-x86-vnni" if {"avx512_vnni", "avx_vnni"} & set(flags) else "cpu-x86-avx2"
 
@@ -728,6 +751,12 @@ def open_session(
         BrokenBundleError: onnxruntime cannot open the model.
     """
     ort = _onnxruntime()
+    # The key of weights in another file; a text is whole in the bytes of a model.
+    if version_tuple(ort.__version__) < CONFINED and b"location" in model:
+        raise PackageError(
+            f"{MODEL}: may ask for weights in files outside of the bundle, which onnxruntime "
+            f"{ort.__version__} would open; install it: pip install 'onnxruntime>=1.24'"
+        )
     if providers[0] not in ort.get_available_providers():
         raise PackageError(
             f"{providers[0]}: expected one of {', '.join(ort.get_available_providers())}; "
@@ -805,8 +834,11 @@ def _onnxruntime() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
-    except ModuleNotFoundError as error:
-        raise PackageError("onnxruntime is missing; install it: pip install onnxruntime") from error
+    except ImportError as error:
+        raise PackageError(
+            f"onnxruntime cannot be loaded ({_first_line(error)}); install it: pip install -U "
+            "onnxruntime"
+        ) from error
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 
@@ -820,6 +852,11 @@ def _shape_of(shape: Sequence[int | str | None]) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
+def printable(text: str) -> str:
+    """Return a stranger's text with a question mark for whatever a terminal would obey or hide."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -828,9 +865,12 @@ def run_model(session: Any, batch: np.ndarray) -> np.ndarray:
     """Return the logits, float32 ``(N, classes)``, of a batch as the model's input takes it.
 
     Raises:
-        SelftestError: the model gave something that is no number.
+        SelftestError: the model cannot be run, or gave something that is no number.
     """
-    logits: np.ndarray = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    try:
+        logits: np.ndarray = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    except Exception as error:  # onnxruntime has its own types, in C
+        raise SelftestError(f"{MODEL}: cannot be run: {_first_line(error)}") from error
     if not np.all(np.isfinite(logits)):
         raise SelftestError(f"{MODEL}: expected finite outputs, got NaN or infinity")
     return logits
@@ -921,8 +961,10 @@ def read_input(path: str, manifest: Mapping[str, Any]) -> np.ndarray:
         InputError: with the file's name.
     """
     try:
-        if "\0" in path or not Path(path).is_file():
+        if "\0" in path or not Path(path).exists():
             raise InputError("no such file")
+        if not Path(path).is_file():
+            raise InputError("expected a file, got a folder, a pipe or a device; save it first")
         with Path(path).open("rb") as file:
             data = file.read(MAX_INPUT_BYTES + 1)
         if len(data) > MAX_INPUT_BYTES:
@@ -1029,7 +1071,9 @@ def _read_expected(data: bytes) -> dict[str, np.ndarray]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise SelftestError(f"{EXPECTED}: expected stored, not compressed, arrays")
             return {key: parse_npy(archive.read(f"{key}.npy")) for key in ("inputs", "outputs")}
-    except (zipfile.BadZipFile, KeyError, InputError, NotImplementedError) as error:
+    except SelftestError:
+        raise
+    except Exception as error:  # zipfile raises a dozen types on damaged files
         raise SelftestError(f"{EXPECTED}: cannot be read: {_first_line(error)}") from error
 
 
@@ -1191,7 +1235,8 @@ def predict(folder: Path, files: Sequence[str], as_json: bool) -> None:
         return
     for answer in answers:
         best, *others = (f"{one['label']} {one['probability']:.4f}" for one in answer["top"])
-        print(f"{answer['file']}: {best}" + (f" ({', '.join(others)})" if others else ""))
+        more = f" ({', '.join(others)})" if others else ""
+        print(f"{answer['file']}: {printable(best + more)}")
 
 
 def bench(
@@ -1318,17 +1363,24 @@ def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> 
             predict(folder, options.files, options.json)
         else:
             bench(folder, options.threads, options.json, device=options.device)
+        sys.stdout.flush()
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # what is read tells its own; a disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more
+        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends quietly
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     sys.exit(main())

@@ -18,12 +18,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploykit import runtime
+from deploykit.artifacts import JsonDict
 from deploykit.bundle import told_as_deploykit, verify_bundle
 from deploykit.errors import MissingDependency, UsageError, VerificationError, first_line
 from deploykit.publish import told_as_usage, write_atomic
 
 
-def sign_bundle(path: Path, key: Path, *, force: bool = False) -> None:
+def sign_bundle(path: Path, key: Path, *, force: bool = False) -> JsonDict:
     """Put a signature into a bundle that proves itself first; all else in it stays as it is.
 
     Killed at any moment, it leaves the bundle as it was or signed.
@@ -33,6 +34,9 @@ def sign_bundle(path: Path, key: Path, *, force: bool = False) -> None:
         key: PEM file of a private key without password, on the curve P-256, P-384 or P-521. It is
             read once, so it may be a pipe that decrypts.
         force: replace the signature that stands there.
+
+    Returns:
+        The manifest that was signed.
 
     Raises:
         UsageError: the key cannot be used, the bundle is signed already or cannot be written.
@@ -54,6 +58,7 @@ def sign_bundle(path: Path, key: Path, *, force: bool = False) -> None:
         config.sign(copy, file)
         signature = file.read_bytes()
     _put(path, signature)
+    return manifest
 
 
 def check_manifest(manifest: Mapping[str, Any], signature: bytes | None, key: Path) -> None:

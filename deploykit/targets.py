@@ -89,7 +89,9 @@ def resolve_target(name: str) -> Target:
     """
     from deploykit.runtime import detect_cpu
 
-    known = {**TARGETS, "cpu": TARGETS[detect_cpu()]}
+    known = dict(TARGETS)
+    if detect_cpu() in TARGETS:
+        known["cpu"] = TARGETS[detect_cpu()]
     if name not in known:
         raise UsageError(f"target: expected one of {', '.join(sorted(known))}, got {name!r}")
     return known[name]
@@ -103,7 +105,7 @@ def integers_for(target: Target) -> Target:
     """
     from deploykit.runtime import detect_cpu
 
-    here = TARGETS[detect_cpu()]
+    here = TARGETS.get(detect_cpu(), target)
     return here if target.name == "web" and not here.takes_integers_of(target) else target
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from tiny_bundle import array_model, golden_of, image_model, make_bundle
 
 from deploykit import bundle_files, runtime
 from deploykit.artifacts import OnnxModel, Signature
-from deploykit.bundle import Golden, load_bundle, verify_bundle
+from deploykit.bundle import Golden, about_runner, load_bundle, verify_bundle
 from deploykit.errors import (
     BundleError,
     DataError,
@@ -27,6 +28,7 @@ from deploykit.errors import (
     UsageError,
     VerificationError,
 )
+from deploykit.inspection import inspect_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,7 +112,7 @@ def test_readme_tells_how_to_run_and_what_was_measured(original, arrays):
     text = (original / "README.md").read_text()
     for part in ("python run.py predict golden/000.png", "| accuracy | 0.5 |", "circle, square"):
         assert part in text
-    assert '"onnxruntime>=1.17.0" "pillow"' in text
+    assert '"onnxruntime>=1.17.0" "pillow>=9.1"' in text
     assert "pillow" not in (arrays / "README.md").read_text()
 
 
@@ -467,6 +469,11 @@ def test_manifest_may_not_name_files_outside_the_bundle(tiny, name):
         ({"inputs": [None]}, "manifest.json"),
         ({"outputs": [{"name": "l", "dtype": "strange", "shape": [-1, 3]}]}, "strange"),
         ({"outputs": [{"name": "l", "dtype": "float32", "shape": []}]}, "manifest.json"),
+        ({"outputs": [{"name": "l", "dtype": "(,)i4", "shape": [-1, 3]}]}, "expected a dtype"),
+        ({"schema": 0}, "schema: expected 1, got 0; export the bundle again"),
+        ({"name": "tiny\x1b[2K\rsigned by the owner\x1b[8m"}, "name: expected printable text"),
+        ({"version": "1\n2"}, "version: expected printable text"),
+        ({"target": "x" * 201}, "target: expected printable text"),
         ({"tolerance": {}}, "tolerance.max_abs"),
         ({"tolerance": {"max_abs": -1}}, "tolerance.max_abs"),
         ({"tolerance": {"max_abs": "1"}}, "manifest.json"),
@@ -503,6 +510,24 @@ def test_well_hashed_nonsense_is_refused(tiny, changes, told):
     why = refused(tiny)
     assert told in why
     assert "\n" not in why
+
+
+@pytest.mark.parametrize("depth", [900, 992, 1000, 20_000])
+def test_deep_manifest_is_refused(tiny, depth):
+    """Python's parser goes a few steps deeper than what writes JSON again."""
+    manifest = json.loads((tiny / "manifest.json").read_bytes())
+    text = runtime.canonical_json({**manifest, "measured": {"a": 0}})
+    (tiny / "manifest.json").write_bytes(text.replace(b"0", b"[" * depth + b"]" * depth, 1))
+    assert "\n" not in refused(tiny)
+
+
+def test_labels_do_not_steer_the_terminal(tiny, capsys):
+    reseal(tiny, labels=["\x1b[8m", "\u202e", "c"])
+    assert (
+        runtime.main(["predict", *[str(tiny / f"golden/00{i}.png") for i in range(3)]], tiny) == 0
+    )
+    assert set("\x1b\u202e").isdisjoint(capsys.readouterr().out)
+    assert set("\x1b\u202e").isdisjoint(inspect_folder(tiny))
 
 
 def test_what_was_not_measured_may_be_null_or_absent(tiny):
@@ -543,7 +568,13 @@ def test_altered_runner_is_refused_although_its_hash_is_right(tiny):
 def test_runner_of_another_version_is_known_by_its_hash(tiny):
     (tiny / "run.py").write_text("print('older')")
     reseal(tiny, verified_on={"deploykit": "0.0.9"})
-    assert verify_bundle(tiny)["verified_on"] == {"deploykit": "0.0.9"}
+    manifest = verify_bundle(tiny)
+    assert manifest["verified_on"] == {"deploykit": "0.0.9"}
+    assert "run.py is that of deploykit '0.0.9'" in about_runner(manifest)
+
+
+def test_runner_of_this_version_was_compared_which_needs_no_word(tiny):
+    assert about_runner(verify_bundle(tiny)) == ""
 
 
 def test_model_with_external_data_is_never_opened(tiny, tmp_path, monkeypatch):
@@ -556,6 +587,11 @@ def test_model_with_external_data_is_never_opened(tiny, tmp_path, monkeypatch):
     weight.external_data.add(key="location", value="weight.bin")
     with pytest.raises(runtime.BrokenBundleError, match="cannot open it"):
         runtime.open_session(proto.SerializeToString())
+    # An older one would open what an absolute name says, or any; it is not given the model.
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(runtime.PackageError, match=r"outside .* 1\.23\.2 .* 'onnxruntime>=1\.24'"):
+        runtime.open_session(proto.SerializeToString())
+    runtime.open_session(array_model(tmp_path / "m.onnx").path.read_bytes())
 
 
 # Golden samples.
@@ -624,6 +660,21 @@ def test_missing_samples_and_broken_archives_fail(tiny):
     (tiny / "golden/expected.npz").write_bytes(b"PK")
     reseal(tiny)
     with pytest.raises(VerificationError, match="cannot be read"):
+        verify_bundle(tiny)
+    whole = bundle_files.npz_bytes(inputs=inputs, outputs=outputs)
+    encrypted = bytearray(whole)
+    encrypted[6] |= 1
+    encrypted[whole.index(b"PK\1\2") + 8] |= 1
+    (tiny / "golden/expected.npz").write_bytes(encrypted)
+    reseal(tiny)
+    with pytest.raises(VerificationError, match="cannot be read"):
+        verify_bundle(tiny)
+
+
+def test_golden_inputs_that_the_model_does_not_take_fail(tiny):
+    inputs, _ = golden_of_bundle(tiny)
+    replace_golden(tiny, inputs=inputs.astype(np.int64))
+    with pytest.raises(VerificationError, match=r"model\.onnx: cannot be run"):
         verify_bundle(tiny)
 
 

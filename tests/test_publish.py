@@ -1,9 +1,11 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
-from contextlib import suppress
+import zipfile
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -305,6 +307,23 @@ def test_force_destroys_nothing_that_deploykit_did_not_make(tmp_path, make):
     with pytest.raises(UsageError, match="something else"):
         publish_new(tmp_path / "x")
     assert os.path.lexists(tmp_path / "x")
+
+
+def test_force_replaces_the_zip_file_of_a_bundle_alone(tmp_path):
+    """A browser's extension begins with a manifest.json too."""
+    for start, ours in (("{", False), ('{"digest":"0', True)):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.writestr("manifest.json", start)
+        with nullcontext() if ours else pytest.raises(UsageError, match="something else"):
+            refuse_existing(tmp_path / "x.zip", force=True, kind="zip")
+
+
+def test_replaced_file_keeps_its_mode(tmp_path):
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").chmod(0o600)
+    write_atomic(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
 
 
 FOLDERS = {kind: dict.fromkeys(always, "precious") for kind, (always, _) in OUR_FOLDERS.items()}

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -391,6 +392,49 @@ def test_too_old_onnxruntime_exits_5_with_the_remedy(tiny, monkeypatch, capsys):
     assert "pip install 'onnxruntime>=1.17.0'" in capsys.readouterr().err
 
 
+def test_too_old_pillow_exits_5_and_calls_no_image_damaged(tiny, monkeypatch, capsys):
+    monkeypatch.delattr("PIL.Image.Transpose")
+    assert runtime.main(["selftest"], tiny) == 5
+    assert "image files need pillow 9.1 or newer" in capsys.readouterr().err
+
+
+def test_too_old_python_is_told_in_one_sentence(tiny):
+    code = (
+        "import sys, runpy; sys.version_info = (3, 9, 18); sys.argv = ['run.py', 'selftest']; "
+        f"runpy.run_path({str(tiny / 'run.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 5
+    assert done.stderr == (
+        "error: expected Python 3.10 or newer; name another: python3.12 run.py\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_told_in_one_sentence(tiny):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, str(tiny / "run.py"), "selftest", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output: No space left on device\n"
+
+
+def test_interrupt_amid_the_imports_ends_quietly(tiny, tmp_path):
+    (tmp_path / "numpy.py").write_text(
+        "import time; print('importing', flush=True); time.sleep(60)"
+    )
+    command = subprocess.Popen(
+        [sys.executable, str(tiny / "run.py"), "selftest"],
+        env={"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert command.stdout.readline() == b"importing\n"
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=20)[1] == b""
+    assert command.returncode == -signal.SIGINT
+
+
 def test_absent_provider_is_named():
     with pytest.raises(runtime.PackageError, match="NoSuchProvider"):
         runtime.open_session(b"", providers=["NoSuchProvider"])
@@ -405,12 +449,11 @@ def test_file_name_that_is_not_utf8_is_printed(tiny, tmp_path):
     assert json.loads(done.stdout)[0]["file"] == str(name)
 
 
+@pytest.mark.parametrize("error", ["ModuleNotFoundError('none')", "ImportError('no GLIBC_2.28')"])
 @pytest.mark.parametrize("package", ["numpy", "onnxruntime", "PIL"])
-def test_missing_package_exits_5_in_one_sentence(tiny, tmp_path, package):
+def test_missing_package_exits_5_in_one_sentence(tiny, tmp_path, package, error):
     (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text(
-        f"raise ModuleNotFoundError('no {package}', name='{package}')"
-    )
+    (tmp_path / package / "__init__.py").write_text(f"raise {error}")
     command = [sys.executable, str(tiny / "run.py"), "predict", str(tiny / "golden/000.png")]
     done = subprocess.run(
         command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False

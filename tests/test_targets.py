@@ -5,7 +5,7 @@ import pytest
 from deploykit import targets
 from deploykit.errors import UsageError
 from deploykit.runtime import cpu_flags, detect_cpu
-from deploykit.targets import TARGETS, resolve_target, suited_targets, why_not_here
+from deploykit.targets import TARGETS, integers_for, resolve_target, suited_targets, why_not_here
 
 PLAIN = {"sse2", "avx", "avx2", "fma"}
 
@@ -20,6 +20,8 @@ PLAIN = {"sse2", "avx", "avx2", "fma"}
         ((), "AMD64", "cpu-x86-avx2"),
         ({"asimd"}, "aarch64", "cpu-arm64"),
         ((), "arm64", "cpu-arm64"),
+        ({"neon"}, "armv7l", "cpu-armv7l"),
+        ((), "riscv64", "cpu-riscv64"),
     ],
 )
 def test_features_tell_the_kind_of_cpu(flags, machine, name):
@@ -31,6 +33,14 @@ def test_this_machine_is_the_target_called_cpu(monkeypatch):
     for flags in (PLAIN, PLAIN | {"avx512_vnni"}):
         monkeypatch.setattr("deploykit.runtime.cpu_flags", lambda flags=flags: flags)
         assert resolve_target("cpu").name == detect_cpu(flags)
+
+
+def test_machine_that_is_no_target_is_told(monkeypatch):
+    monkeypatch.setattr("deploykit.runtime.platform.machine", lambda: "riscv64")
+    with pytest.raises(UsageError, match=r"target: expected one of cpu-arm64, .*, got 'cpu'"):
+        resolve_target("cpu")
+    assert resolve_target("cpu-arm64").name == "cpu-arm64"
+    assert integers_for(TARGETS["web"]) == TARGETS["web"]
 
 
 def test_flags_are_read_once_and_from_one_core():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from deploykit.fleet.gather import DeployedModel, Measurement
 from deploykit.report import wording
+from deploykit.runtime import printable
 
 COLUMNS = 80
 WIDEST = 12  # of any cell but the device's name
@@ -47,5 +48,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _cut(text: str, width: int) -> str:
     """Shorten; what a terminal would obey becomes a question mark."""
-    plain = "".join(one if one.isprintable() else "?" for one in text.replace(wording.SPACE, " "))
+    plain = printable(text.replace(wording.SPACE, " "))
     return plain if len(plain) <= width else plain[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"

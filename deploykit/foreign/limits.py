@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 from deploykit.errors import ModelError
 from deploykit.foreign.border import Border
+from deploykit.runtime import printable
 
 MAX_BYTES = 2**31 - 1  # of one protobuf message
 MAX_TOLD = 600  # letters of what the process says
@@ -114,7 +115,7 @@ def examine(
         )
     found = json.loads(done.stdout)
     if "refused" in found:
-        raise ModelError(f"{where}: {_printable(found['refused'])}")
+        raise ModelError(f"{where}: {printable(found['refused'][:MAX_TOLD])}")
     return Border.from_json(found)
 
 
@@ -128,9 +129,4 @@ def _death(done: subprocess.CompletedProcess[bytes], limits: Limits) -> str:
         return f"one that brings its process down ({named}), or takes more memory than it may"
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     last = lines[-1] if lines else f"exit code {done.returncode}"
-    return f"one that brings its process down ({_printable(last)})"
-
-
-def _printable(text: str) -> str:
-    """Keep what stands in a hostile file from steering the user's terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_TOLD])
+    return f"one that brings its process down ({printable(last[:MAX_TOLD])})"
