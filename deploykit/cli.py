@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -476,6 +477,9 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]  # its subclasses that reach here have it
         sys.exit(getattr(error, "exit_code", 2))
     except Exception as error:  # noqa: BLE001 - a user gets one sentence; --debug the traceback
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _give_up_output()
+            sys.exit(_tell("the output: no space is left; send it elsewhere", error, 2))
         sys.exit(_tell(f"unexpected {type(error).__name__}: {error}; see --debug", error, 1))
     if status == 128 + signal.SIGINT:  # Ctrl-C outside of a run, which typer has caught
         _tell("stopped by SIGINT", None, status)

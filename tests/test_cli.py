@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,35 @@ def test_reader_that_goes_away_ends_a_command_quietly():
     _, err = command.communicate(timeout=60)
     assert err == b""
     assert command.returncode == 1
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_told_in_one_sentence(bundle, buffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    with Path("/dev/full").open("w") as full:
+        command = [*PROGRAM, "predict", bundle, bundle / "golden/000.png"]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True
+        )
+    assert done.stderr == "error: the output: no space is left; send it elsewhere\n"
+    assert done.returncode == 2
+
+
+def test_interrupt_amid_the_imports_ends_quietly(tmp_path):
+    (tmp_path / "typer.py").write_text(
+        "import time; print('importing', flush=True); time.sleep(60)"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-m", "deploykit", "doctor"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert command.stdout.readline() == b"importing\n"
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=20)[1] == b""
+    assert command.returncode == -signal.SIGINT
 
 
 # --check
