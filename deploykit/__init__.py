@@ -3,10 +3,13 @@
 The names below load on first use, so that importing deploykit stays cheap.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it as it is imported
 
 if TYPE_CHECKING:
     from deploykit.api import compress as compress

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -460,6 +460,8 @@ def _command() -> str:
 
 def main() -> None:
     """Run the command line; the only place that catches errors."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # until now nothing was to be cleaned up
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -484,6 +486,11 @@ def main() -> None:
     if status == 128 + signal.SIGINT:  # Ctrl-C outside of a run, which typer has caught
         _tell("stopped by SIGINT", None, status)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """End a command as Ctrl-C would: what it holds on the disk goes, and so do its processes."""
+    sys.exit(_tell(f"stopped by {signal.Signals(number).name}", None, 128 + number))
 
 
 def _give_up_output() -> None:

@@ -9,6 +9,7 @@ ONNX Runtime, which folds it when it opens the file. Quantize/dequantize pairs s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -48,12 +49,24 @@ def trim(proto: onnx.ModelProto) -> onnx.ModelProto:
     strip(stripped)
     if not _can_be_rebuilt(stripped):
         return stripped
-    trimmed = _rebuilt(stripped)
+    try:
+        trimmed = _rebuilt(stripped)
+    except Exception:  # noqa: BLE001 - the library stumbles over some valid models
+        return stripped
     return min(stripped, trimmed, key=lambda one: one.ByteSize())
+
+
+def unify_domains(proto: onnx.ModelProto) -> None:
+    """Spell the domain of ONNX's own operators in one way, in place: there are two."""
+    nodes = (node for graph in graphs_of(proto.graph) for node in graph.node)
+    for one in (*proto.opset_import, *nodes):
+        if one.domain == "ai.onnx":
+            one.domain = ""
 
 
 def strip(proto: onnx.ModelProto) -> None:
     """Remove what a model tells about itself and the machine that made it, in place."""
+    unify_domains(proto)
     del proto.metadata_props[:]
     proto.ClearField("doc_string")
     for graph in graphs_of(proto.graph):
@@ -92,10 +105,13 @@ def _rebuilt(proto: onnx.ModelProto) -> onnx.ModelProto:
     from onnxscript.optimizer import fold_constants_ir
 
     model = ir.serde.deserialize_model(proto)
+    # In a graph inside a node an identity may be the one way to give an outer value.
+    nested = sum(1 for _ in graphs_of(proto.graph)) > 1
     with _silent():
         before = None
         while before != (before := _extent(model)):
-            common.IdentityEliminationPass()(model)
+            if not nested:
+                common.IdentityEliminationPass()(model)
             fold_constants_ir(model, output_size_limit=FEW, should_fold=_folds)
             common.RemoveUnusedNodesPass()(model)
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -119,7 +135,18 @@ def _folds(node: ir.Node) -> bool:
     few = all(value.size <= FEW for value in known)
     if node.op_type in MOVES:
         return few or all(len(one.uses()) == 1 for one in node.inputs[:1] if one is not None)
-    return few and node.op_type in SMALL and all(value.dtype.name in EXACT for value in known)
+    exact = node.op_type in SMALL and all(value.dtype.name in EXACT for value in known)
+    return few and exact and _extent_of(node.op_type, known) <= FEW
+
+
+def _extent_of(operator: str, known: list[ir.TensorProtocol]) -> int:
+    """Count the values that an operator makes of few, where that is not few too."""
+    if operator == "Expand":
+        return math.prod(max(1, int(size)) for size in known[1].numpy().ravel())
+    if operator == "Range":
+        start, stop, step = (int(value.numpy()) for value in known)
+        return abs(stop - start) // abs(step) + 1 if step else EVERY
+    return 0
 
 
 @contextmanager

@@ -204,6 +204,31 @@ def test_interrupt_amid_the_imports_ends_quietly(tmp_path):
     assert command.returncode == -signal.SIGINT
 
 
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    """As Ctrl-C: temporary folders go."""
+    program = (
+        "import tempfile, time; from deploykit import cli, inspection\n"
+        "def wait(_):\n"
+        "    with tempfile.TemporaryDirectory():\n"
+        "        print('waiting', flush=True)\n"
+        "        time.sleep(60)\n"
+        "inspection.inspect_folder = wait\n"
+        "cli.main()"
+    )
+    (tmp_path / "temporary").mkdir()
+    command = subprocess.Popen(
+        [sys.executable, "-c", program, "inspect", tmp_path],
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert command.stdout.readline() == b"waiting\n"
+    command.terminate()
+    assert command.communicate(timeout=20)[1] == b"error: stopped by SIGTERM\n"
+    assert command.returncode == 143
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 # --check
 
 

@@ -136,7 +136,8 @@ def test_bundles_of_one_name_with_other_content_stay_apart(write):
 
 
 def test_a_device_may_be_measured_with_several_counts_of_threads(write):
-    (model,) = gather(write(measured(), measured(threads=4)))
+    four = [{**row, "threads": 4} for row in measured()["latency"]]
+    (model,) = gather(write(measured(), measured(threads=4) | {"latency": four}))
     assert len(model.told) == 2
 
 
@@ -178,7 +179,14 @@ NAN, INFINITY = float("nan"), float("inf")
         (without(measured(), "memory", "peak_bytes"), "memory.peak_bytes: expected it"),
         (altered(NAN, "latency", 0, "median_ms"), "latency.0.median_ms: expected a finite number"),
         (altered(INFINITY, "latency", 1, "p90_ms"), "latency.1.p90_ms: expected a finite number"),
-        (altered(0, "latency", 0, "median_ms"), "latency.0.median_ms: expected greater than 0"),
+        (altered(0, "latency", 0, "median_ms"), "latency.0.median_ms: expected greater than or"),
+        (altered(5e-324, "latency", 0, "median_ms"), "latency.0.median_ms: expected greater than"),
+        (altered(1.7e308, "latency", 0, "p90_ms"), "latency.0.p90_ms: expected less than or equal"),
+        (altered(10**400, "memory", "peak_bytes"), "memory.peak_bytes: expected"),
+        (altered(1, "latency", 1, "batch"), "expected one row a batch, of equal threads"),
+        (altered(7, "latency", 1, "threads"), "expected one row a batch, of equal threads"),
+        (altered("\x1b[31mred\u202e", "device", "name"), "device.name: expected printable text"),
+        (altered("a\0", "device", "os"), "device.os: expected printable text"),
         (altered("1.5", "latency", 0, "median_ms"), "latency.0.median_ms: expected a valid number"),
         (altered(True, "threads"), "threads: expected a valid integer, got true"),
         (altered(1.5, "accuracy"), "accuracy: expected less than or equal to 1, got 1.5"),
@@ -297,6 +305,11 @@ def test_text_of_devices_is_escaped_wherever_it_stands(render):
     assert page.text.count("alert(") > 15
 
 
+def test_accuracies_too_near_to_zero_for_an_axis_are_zero(render):
+    page = render(measured(accuracy=5e-324), measured(accuracy=0.0) | {"digest": "b" * 64})
+    assert find_references(page) == []
+
+
 def test_models_are_compared_only_where_there_are_several(render):
     assert "svg" not in render(measured(), measured("nuc")).tags
     assert "svg" not in render(measured(accuracy=None), measured(version="2")).tags
@@ -307,6 +320,8 @@ def test_models_are_compared_only_where_there_are_several(render):
 
 def test_what_stands_in_the_way_of_comparing_is_told(render):
     elsewhere = copy.deepcopy(measured("nuc", threads=1))
+    for row in elsewhere["latency"]:
+        row["threads"] = 1
     elsewhere["device"]["cpu_target"] = "cpu-x86-avx2"
     elsewhere["golden"]["grey_levels"] = 1.0
     text = render(measured(), elsewhere).text
@@ -335,7 +350,7 @@ def test_table_fits_80_columns_whatever_the_devices_say(write):
     hostile = measured(
         "a very long name of a device that nobody wants to read " * 3, onnxruntime="1" * 90
     )
-    wide = measured("\x1b[31mred\u202e", 123456.0, name="n" * 200, accuracy=None)
+    wide = measured("red", 123456.0, name="n" * 200, accuracy=None)
     lines = list(table_lines(gather(write(hostile, measured(), wide))))
     assert max(map(len, lines)) <= 80
     assert all(line.isprintable() for line in lines)

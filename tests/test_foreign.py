@@ -29,12 +29,13 @@ from deploykit.errors import (
     BundleError,
     CompressionError,
     DataError,
+    ExportError,
     ModelError,
     RecipeError,
     UsageError,
     VerificationError,
 )
-from deploykit.foreign import integers
+from deploykit.foreign import integers, making
 from deploykit.foreign.border import layout_of, read_border, tidy, without_softmax
 from deploykit.foreign.export import export_foreign
 from deploykit.foreign.pixels import Normalization, take_pixels
@@ -431,6 +432,69 @@ def test_weights_of_two_bytes_ship_where_they_are_asked_for(tmp_path):
     assert halved < 0.6 * size
 
 
+def integers_of(target):
+    """What another's quantizer would have made of the net."""
+    train = digits().train
+    samples = normalized(train.load(np.arange(64)), digits().preprocess)
+    batches = integers.Batches("x", lambda places: samples[places], len(samples))
+    (proto,) = integers.quantized(NET, lambda: batches, target, None).values()
+    return proto
+
+
+def test_integers_that_come_with_the_file_ship_as_they_are(tmp_path):
+    told = Told()
+    _, manifest = exported(tmp_path, integers_of(HERE), quantize="auto", progress=told)
+    measured = manifest["measured"]
+    assert measured["precision"] == "int8"
+    assert measured["kernels"]["max_steps"] <= 8
+    assert manifest["verified_on"]["targets"] == [HERE.name]
+    assert any("as the file was given" in one for one in told.sentences)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quantize": "ptq"}, {"quantize": "fp16-weights"}, {"target": "cuda", "quantize": "auto"}],
+)
+def test_integers_that_come_with_the_file_become_nothing_else(tmp_path, options):
+    with pytest.raises(CompressionError, match="holds integers already; give the float file"):
+        exported(tmp_path, integers_of(HERE), **options)
+
+
+def test_integers_that_come_with_the_file_and_overflow_here_are_refused(tmp_path, monkeypatch):
+    true_compare = making.compare
+
+    def compare(between, expected, answered, held_to):
+        off = 1.0 if "kernels" in between else 0.0
+        return true_compare(between, expected, answered + off * np.ptp(expected), held_to)
+
+    monkeypatch.setattr(making, "compare", compare)
+    with pytest.raises(VerificationError, match="give the float file"):
+        exported(tmp_path, integers_of(HERE), quantize="none")
+
+
+def test_a_name_inside_a_branch_does_not_meet_the_pixels(tmp_path):
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["image"])],
+        "branch",
+        [],
+        [floats("image", "n", 1, 8, 8)],
+    )
+    front = [helper.make_node("If", ["yes"], ["x0"], then_branch=branch, else_branch=branch)]
+    model = classifier(front=front)
+    model.graph.node[1].input[0] = "x0"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    exported(tmp_path, model)
+
+
+def test_a_file_that_no_converter_can_write_is_told(tmp_path, monkeypatch):
+    def stumble(*_):
+        raise RuntimeError("so")
+
+    monkeypatch.setattr("deploykit.foreign.intake.convert_floats", stumble)
+    with pytest.raises(ExportError, match=r"net\.onnx: cannot be written in fp32: so; ship"):
+        exported(tmp_path)
+
+
 def test_values_too_large_for_halves_are_refused(tmp_path):
     model = onnx.ModelProto.FromString(NET.SerializeToString())
     for tensor in model.graph.initializer:
@@ -442,10 +506,7 @@ def test_values_too_large_for_halves_are_refused(tmp_path):
 
 
 def test_integers_for_tensorrt_are_signed_and_symmetric():
-    train = digits().train
-    samples = normalized(train.load(np.arange(64)), digits().preprocess)
-    batches = integers.Batches("x", lambda places: samples[places], len(samples))
-    (proto,) = integers.quantized(NET, lambda: batches, TARGETS["tensorrt"], None).values()
+    proto = integers_of(TARGETS["tensorrt"])
     constants = {one.name: numpy_helper.to_array(one) for one in proto.graph.initializer}
     zeros = [
         constants[node.input[2]] for node in proto.graph.node if node.op_type == "QuantizeLinear"
@@ -466,7 +527,7 @@ def test_ptq_for_a_target_of_halves_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"quantize": "qat"}, "--quantize: expected auto, ptq, none, got 'qat'"),
+        ({"quantize": "qat"}, "--quantize: expected auto, ptq, fp16-weights, none, got"),
         ({"layout": "hwcn"}, "--layout: expected nchw or nhwc"),
         ({"max_drop": 2}, "--max-drop"),
         ({"version": "a b"}, "version: expected"),

@@ -1,6 +1,8 @@
 """The first look at a file from elsewhere: what it refuses, and that the parent outlives it."""
 
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -319,6 +321,35 @@ def test_a_process_that_fails_tells_its_last_line(monkeypatch):
     monkeypatch.setattr(limits, "_PROGRAM", "raise RuntimeError('so')")
     with pytest.raises(ModelError, match=r"process down \(RuntimeError: so\)"):
         examine(b"", "crash.onnx")
+
+
+def test_files_beside_the_user_are_not_run(tmp_path, monkeypatch):
+    """Python looks for modules where it is started, unless it is told not to."""
+    for name in ("resource", "onnx", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert examine(NET.SerializeToString(), "net.onnx", limits=WITHIN).input.shape == (-1, 1, 8, 8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lower_limits_of_the_users_shell_hold():
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (9, 9)); "
+        "from deploykit.foreign.checks import _limit; "
+        "_limit({'memory_bytes': 2**32, 'cpu_seconds': 100}); "
+        "print(resource.getrlimit(resource.RLIMIT_CPU))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "(9, 9)\n", done.stderr
+
+
+def test_integers_that_all_samples_of_a_batch_scale_are_refused():
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    model = model_of(nodes, [], [floats("x", "n", 4)], [floats("y", "n", 4)], opset=20)
+    refuses(model, "no other sample of a batch touches, got DynamicQuantizeLinear")
 
 
 def test_names_in_the_file_cannot_steer_the_terminal():

@@ -19,6 +19,23 @@ LEVELS = (
 )
 
 
+def branched(branch, opset=20):
+    """A model whose graphs inside an If are ``branch``, of the outer ``x`` and ``y = 2 x``."""
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["y"]),
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Less", ["sum", "zero"], ["yes"]),
+        helper.make_node("If", ["yes"], ["z"], then_branch=branch, else_branch=branch),
+    ]
+    return model_of(
+        nodes,
+        [constant("zero", np.float32(0)), constant("one", np.float32([1]))],
+        [floats("x", "n", 4)],
+        [floats("z", "n", 4)],
+        opset=opset,
+    )
+
+
 def constant(name, values):
     return numpy_helper.from_array(np.asarray(values), name)
 
@@ -307,3 +324,85 @@ def test_any_graph_answers_as_before_in_no_more_bytes(before):
     assert again.SerializeToString(deterministic=True) == trimmed.SerializeToString(
         deterministic=True
     )
+
+
+def test_an_identity_that_gives_an_outer_value_stays():
+    """A branch may give what stands outside of it by way of an identity alone."""
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["y"], ["given"])], "branch", [], [floats("given", "n", 4)]
+    )
+    model = branched(branch)
+    assert_same(model, trim(model))
+
+
+def test_what_a_loop_carries_and_collects_stays():
+    """The sum of each step is carried on, and by way of an identity collected."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["carried", "next"], ["sum"]),
+            helper.make_node("Identity", ["sum"], ["collected"]),
+        ],
+        "body",
+        [floats("carried", 2), floats("next", 2)],
+        [floats("sum", 2), floats("collected", 2)],
+    )
+    model = model_of(
+        [helper.make_node("Scan", ["start", "x"], ["last", "all"], body=body, num_scan_inputs=1)],
+        [constant("start", np.zeros(2, np.float32))],
+        [floats("x", 3, 2)],
+        [floats("last", 2), floats("all", 3, 2)],
+        opset=20,
+    )
+    assert_same(model, trim(model))
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        helper.make_node("Expand", ["one", "vast"], ["bomb"]),
+        helper.make_node("Range", ["none", "much", "step"], ["bomb"]),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_what_never_runs_is_not_computed(bomb):
+    """Few constants may stand for more values than any memory holds."""
+    branch = helper.make_graph(
+        [
+            bomb,
+            helper.make_node("Size", ["bomb"], ["size"]),
+            helper.make_node("Cast", ["size"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["y", "float"], ["given"]),
+        ],
+        "branch",
+        [],
+        [floats("given", "n", 4)],
+        [
+            constant("one", np.int64([1])),
+            constant("vast", np.int64([2**40])),
+            constant("none", np.int64(0)),
+            constant("much", np.int64(2**40)),
+            constant("step", np.int64(1)),
+        ],
+    )
+    trimmed = trim(branched(branch))
+    (condition,) = (node for node in trimmed.graph.node if node.op_type == "If")
+    operators = [node.op_type for node in condition.attribute[0].g.node]
+    assert bomb.op_type in operators
+
+
+def test_both_spellings_of_onnxs_domain_are_one():
+    model = classifier()
+    model.opset_import[0].domain = "ai.onnx"
+    model.graph.node[0].domain = "ai.onnx"
+    trimmed = trim(model)
+    assert [one.domain for one in trimmed.opset_import] == [""]
+    assert_same(classifier(), trimmed)
+
+
+def test_a_model_that_the_library_cannot_read_stays(monkeypatch):
+    def stumble(_):
+        raise RuntimeError("so")
+
+    monkeypatch.setattr("deploykit.trim._rebuilt", stumble)
+    model = classifier()
+    assert_same(model, trim(model))

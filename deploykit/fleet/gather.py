@@ -8,18 +8,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from deploykit.errors import DataError, UsageError
 from deploykit.recipe.wording import shown
 
 MAX_BYTES = 1 << 20
-Text = Annotated[str, Field(min_length=1, max_length=200)]
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
-Difference = Annotated[FiniteFloat, Field(ge=0)]
+LARGEST, SMALLEST = 2**53, 1e-6  # beyond them no machine measures, and no chart has an axis
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise PydanticCustomError("printable", "Input should be printable text")
+    return text
+
+
+Line = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+Text = Annotated[Line, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Size = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[FiniteFloat, Field(ge=SMALLEST, le=LARGEST)]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1), AfterValidator(lambda share: round(share, 9))]
+Difference = Annotated[FiniteFloat, Field(ge=0, le=LARGEST)]
 
 
 class _Printed(BaseModel):
@@ -32,12 +52,12 @@ class Device(_Printed):
     """A machine; what it could not find out is None or empty."""
 
     name: Text
-    cpu: str | None = Field(max_length=200)
-    machine: str = Field(max_length=200)
+    cpu: Line | None
+    machine: Line
     cpu_target: Text
     features: tuple[Text, ...]
     cores: Count | None
-    os: str = Field(max_length=200)
+    os: Line
     python: Text
 
 
@@ -84,6 +104,16 @@ class Measurement(_Printed):
     memory: Memory
     golden: Golden
     accuracy: Share | None
+
+    @field_validator("latency")
+    @classmethod
+    def _times_each_batch_once(
+        cls, rows: tuple[Latency, ...], info: ValidationInfo
+    ) -> tuple[Latency, ...]:
+        threads = {row.threads for row in rows} | {info.data.get("threads")}
+        if len({row.batch for row in rows}) < len(rows) or len(threads) > 1:
+            raise PydanticCustomError("rows", "Input should be one row a batch, of equal threads")
+        return rows
 
     def at_batch(self, batch: int) -> Latency | None:
         """Return the times of a batch size, None where it was not timed."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from deploykit.fleet.gather import DeployedModel, Measurement
 from deploykit.report import wording
-from deploykit.runtime import printable
 
 COLUMNS = 80
 WIDEST = 12  # of any cell but the device's name
@@ -47,6 +46,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _cut(text: str, width: int) -> str:
-    """Shorten; what a terminal would obey becomes a question mark."""
-    plain = printable(text.replace(wording.SPACE, " "))
+    """Shorten to a column."""
+    plain = text.replace(wording.SPACE, " ")
     return plain if len(plain) <= width else plain[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"

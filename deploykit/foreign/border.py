@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.artifacts import JsonDict, TensorSpec
 from deploykit.errors import ModelError, first_line
-from deploykit.trim import graphs_of
+from deploykit.trim import graphs_of, unify_domains
 
 BATCH = "batch"
 CHANNELS = (1, 3)
@@ -67,11 +67,12 @@ def read_border(proto: onnx.ModelProto) -> Border:
     if len(taken.shape) < 2:
         raise ValueError(
             f"input {taken.name[:80]!r}: expected a batch of samples (N, ...), got "
-            f"{len(taken.shape)} axes"
+            f"{len(taken.shape)} axes; export it with a batch"
         )
     if given.shape and len(given.shape) != 2:
         raise ValueError(
-            f"output {given.name[:80]!r}: expected (N, classes), got {len(given.shape)} axes"
+            f"output {given.name[:80]!r}: expected (N, classes), got {len(given.shape)} axes; "
+            "flatten it in the model"
         )
     batch = max(0, taken.shape[0])
     return Border(
@@ -87,7 +88,8 @@ def _spec(kind: str, value: onnx.ValueInfoProto, dtypes: Mapping[int, str]) -> T
         known = TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
         got = "no tensor" if known is None else known.name.lower()
         raise ValueError(
-            f"{kind} {value.name[:80]!r}: expected {' or '.join(dtypes.values())}, got {got}"
+            f"{kind} {value.name[:80]!r}: expected {' or '.join(dtypes.values())}, got {got}; "
+            "cast it in the model"
         )
     sizes = (dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim)
     return TensorSpec(value.name, dtypes[tensor.elem_type], tuple(sizes))
@@ -180,6 +182,7 @@ def tidy(
     del tidied.graph.input[:]
     tidied.graph.input.extend(inputs)
     tidied.ir_version = max(tidied.ir_version, 8)
+    unify_domains(tidied)
     tidied = _lifted(tidied, where)
     for graph in graphs_of(tidied.graph):
         del graph.value_info[:]

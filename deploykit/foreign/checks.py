@@ -63,11 +63,19 @@ def _limit(order: Mapping[str, Any]) -> None:
     statm = Path("/proc/self/statm")
     if statm.exists():  # elsewhere address space cannot be limited so
         memory = int(statm.read_text().split()[0]) * resource.getpagesize() + order["memory_bytes"]
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        _lower(resource.RLIMIT_AS, memory, memory)
     seconds = order["cpu_seconds"]
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # the first one tells
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower(resource.RLIMIT_CPU, seconds, seconds + 5)  # the first one tells
+    _lower(resource.RLIMIT_FSIZE, 0, 0)
+    _lower(resource.RLIMIT_CORE, 0, 0)
+
+
+def _lower(kind: int, soft: int, hard: int) -> None:
+    """Set a limit, or leave the lower one that the user's shell has set."""
+    _, most = resource.getrlimit(kind)
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def look_at(data: bytes, sample_shape: list[int] | None) -> JsonDict:
@@ -131,6 +139,11 @@ def _refuse_what_is_outside(proto: onnx.ModelProto) -> None:
                     "model as one file (onnx.save with save_as_external_data=False)"
                 )
         for node in graph.node:
+            if node.op_type.startswith("DynamicQuantize"):
+                raise Refused(
+                    f"expected answers that no other sample of a batch touches, got "
+                    f"{node.op_type[:80]}, which scales by all of them; give the float file"
+                )
             if node.domain not in DOMAINS:
                 raise Refused(
                     f"expected operators of ONNX Runtime, got {node.op_type[:80]} of "
@@ -240,10 +253,13 @@ def _answers(session: Any, border: Border, samples: np.ndarray) -> np.ndarray:
     if answers.ndim != 2 or len(answers) != len(samples) or not answers.shape[1]:
         raise Refused(
             f"output {border.output.name[:80]!r}: expected (N, classes), got {answers.shape} for "
-            f"{len(samples)} samples"
+            f"{len(samples)} samples; flatten it in the model"
         )
     if not np.isfinite(answers).all():
-        raise Refused("expected finite answers, got NaN or infinity for random inputs")
+        raise Refused(
+            "expected finite answers, got NaN or infinity for random inputs; look for a division "
+            "by zero or a logarithm in it"
+        )
     return answers
 
 

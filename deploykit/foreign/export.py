@@ -11,12 +11,13 @@ import numpy as np
 
 from deploykit import runtime
 from deploykit.artifacts import JsonDict, OnnxModel
-from deploykit.bundle import Format, Golden, kind_of, write_bundle
+from deploykit.bundle import Format, Golden, kind_of, told_as_deploykit, write_bundle
 from deploykit.data import Dataset
 from deploykit.environment import environment
 from deploykit.errors import UsageError
 from deploykit.foreign.border import LAYOUTS
 from deploykit.foreign.intake import Foreign, take_in
+from deploykit.foreign.integers import holds_integers
 from deploykit.foreign.limits import read_model
 from deploykit.foreign.making import Made, make
 from deploykit.foreign.proof import SIZES, answers
@@ -112,7 +113,7 @@ def export_foreign(
     foreign = take_in(read_model(model), str(model), data, layout)
     for warning in foreign.dataset.warnings:
         told.message(f"warning: {warning}")
-    with TemporaryDirectory(prefix="deploykit-") as scratch:
+    with told_as_deploykit(), TemporaryDirectory(prefix="deploykit-") as scratch:
         floats, made = make(foreign, wanted, quantize, max_drop, Path(scratch), called)
         told.message(_as_given(floats.validation))
         told.message(made.why)
@@ -136,7 +137,7 @@ def export_foreign(
             measured_on=environment() if here else None,
             verified_on={
                 **environment(),
-                "targets": suited_targets(made.precision, integers_for(wanted)),
+                "targets": _targets(foreign, made, wanted),
             },
             tolerance=_tolerance(made, outputs),
             golden=_golden(foreign, made.model),
@@ -144,6 +145,13 @@ def export_foreign(
             format=format,
             force=force,
         )
+
+
+def _targets(foreign: Foreign, made: Made, wanted: Target) -> list[str]:
+    """Name the targets that the model is right for; a stranger's integers are, where they ran."""
+    if holds_integers(foreign.core):
+        return sorted({resolve_target("cpu").name, wanted.name})
+    return suited_targets(made.precision, integers_for(wanted))
 
 
 def _check_words(quantize: str, target: Target, max_drop: float, layout: str | None) -> None:

@@ -11,6 +11,7 @@ import onnx
 
 from deploykit.artifacts import OnnxModel, Signature, TensorSpec
 from deploykit.data import Dataset
+from deploykit.errors import ExportError, first_line
 from deploykit.foreign.border import Border, layout_of, opset_of, tidy, without_softmax
 from deploykit.foreign.limits import examine
 from deploykit.foreign.pixels import AS_THEY_ARE, Normalization, take_pixels, turned
@@ -88,6 +89,9 @@ class Foreign:
             name: of the model, for the file's metadata.
             dequantize: see `take_pixels`.
             precision: of the floats that it computes in.
+
+        Raises:
+            ExportError: ONNX Runtime's converter cannot write it in ``precision``.
         """
         proto = core
         if self.layout is not None:
@@ -98,7 +102,13 @@ class Foreign:
                 self.normalization,
                 dequantize=dequantize,
             )
-        proto = trim(convert_floats(proto, precision))
+        try:
+            proto = trim(convert_floats(proto, precision))
+        except Exception as error:  # whatever the converter stumbles over
+            raise ExportError(
+                f"{self.where}: cannot be written in {precision}: {first_line(error)}; ship fp32 "
+                "with --quantize none"
+            ) from error
         proto.graph.name, proto.producer_name, proto.producer_version = name, "deploykit", ""
         proto.domain, proto.model_version = "", 1
         write_atomic(path, proto.SerializeToString(deterministic=True))

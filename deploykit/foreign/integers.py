@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from deploykit.errors import CompressionError, first_line
 from deploykit.foreign.pixels import Normalization
 from deploykit.targets import Target
-from deploykit.trim import trim
+from deploykit.trim import graphs_of, trim
 
 BATCH_SIZE = 16
 # The whole range; all but the largest of values; the range that keeps most information.
@@ -41,7 +42,7 @@ OPERATORS = (
     *("AveragePool", "MaxPool", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Resize", "Pad"),
     *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather"),
 )
-INTEGERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+BYTES = frozenset({TensorProto.INT8, TensorProto.UINT8})
 
 
 class Batches:
@@ -167,12 +168,27 @@ def _quantize(
 
 def _read(written: Path) -> onnx.ModelProto:
     proto = trim(onnx.load(written))
-    if not any(node.op_type in INTEGERS for node in proto.graph.node):
+    weights = {one.name for one in proto.graph.initializer if one.data_type in BYTES and one.dims}
+    if not any(
+        one.op_type == "DequantizeLinear" and one.input[0] in weights for one in proto.graph.node
+    ):
         raise CompressionError(
             "quantize: expected a layer that integers can compute, got none; ship floats with "
             "--quantize none"
         )
     return proto
+
+
+def holds_integers(proto: onnx.ModelProto) -> bool:
+    """Whether a model computes in integers already, of whatever kind."""
+    return any(
+        node.op_type.startswith(("QLinear", "QGemm", "QAttention"))
+        or "QuantizeLinear" in node.op_type
+        or "Integer" in node.op_type  # ConvInteger, MatMulIntegerToFloat
+        or "DequantizeLinear" in node.op_type
+        for graph in graphs_of(proto.graph)
+        for node in graph.node
+    )
 
 
 def load_tool(module: str) -> Any:

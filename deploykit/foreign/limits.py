@@ -97,7 +97,7 @@ def examine(
         }
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _PROGRAM, json.dumps(order)],
+                [sys.executable, "-P", "-c", _PROGRAM, json.dumps(order)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=limits.wall_seconds,

@@ -12,7 +12,7 @@ from deploykit import runtime
 from deploykit.artifacts import JsonDict, OnnxModel
 from deploykit.errors import BudgetError, CompressionError, DataError, VerificationError
 from deploykit.foreign.intake import Foreign
-from deploykit.foreign.integers import Batches, quantized
+from deploykit.foreign.integers import Batches, holds_integers, quantized
 from deploykit.foreign.proof import (
     HALF,
     SIZES,
@@ -27,7 +27,7 @@ from deploykit.measure import Evaluation, Latency, evaluate_onnx, measure_latenc
 from deploykit.precision import EXACTNESS
 from deploykit.recipe.sections import QuantizeSection
 from deploykit.statistics import paired_drop
-from deploykit.targets import Target, integers_for, why_not_here
+from deploykit.targets import Target, integers_for, resolve_target, why_not_here
 
 FEW = 8  # samples that tell of single values
 FLOAT_REFERENCE = {"session.disable_quant_qdq": "1"}  # pairs stay, and floats between them
@@ -74,12 +74,16 @@ def make(
         name: of the model.
 
     Raises:
-        CompressionError: ``ptq``, and there is nothing to quantize.
+        CompressionError: ``ptq``, and there is nothing to quantize; or the model came with
+            integers, and something else is asked for.
         VerificationError: what was made does not answer as the file does.
         BudgetError: what has to ship breaks ``max_drop``.
     """
     threads = foreign.recipe.threads
     floats = make_floats(foreign, folder / "fp32.onnx", name)
+    if holds_integers(foreign.core):
+        (only,) = _timed([_given_integers(foreign, floats, target, quantize)], target, threads)
+        return only, replace(only, why="int8 ships, as the file was given")
     if quantize == "none":
         (only,) = _timed([floats], target, threads)
         return only, replace(only, why="fp32 ships, as asked for")
@@ -205,6 +209,26 @@ def make_integers(foreign: Foreign, floats: Made, target: Target, folder: Path, 
     kernels = _kernels(foreign, best.model)
     demand(kernels, foreign.recipe.verify, overflow_remedy(target))
     return replace(best, kernels=kernels)
+
+
+def _given_integers(foreign: Foreign, made: Made, target: Target, quantize: str) -> Made:
+    """Take a model that came with integers, if they are right on this CPU.
+
+    Raises:
+        CompressionError: something else was asked for, or another target, where nothing proves it.
+        VerificationError: its integers do not answer as their floats do.
+    """
+    here = resolve_target("cpu")
+    if quantize not in {"auto", "none"} or target.name not in {here.name, "web"}:
+        raise CompressionError(
+            f"{foreign.where}: expected a float model to be made for {target.name} with --quantize "
+            f"{quantize}, got one that holds integers already; give the float file, or ship it as "
+            f"it is: --target {here.name} --quantize none"
+        )
+    kernels = _kernels(foreign, made.model)
+    demand(kernels, foreign.recipe.verify, "give the float file, whose integers fit this CPU then")
+    allowed = foreign.recipe.verify.max_steps
+    return replace(made, precision="int8", kernels=kernels, allowed_steps=allowed)
 
 
 def _proven(

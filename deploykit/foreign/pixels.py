@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.foreign.border import BATCH, constants_of
 from deploykit.runtime import zero_point_and_scale
+from deploykit.trim import graphs_of
 
 # Nothing is known of the inside of a model that takes pixels: to it they are what they are.
 AS_THEY_ARE = {"mean": [0.0], "std": [1 / 255]}
@@ -103,8 +104,10 @@ def take_pixels(
 
 def _fresh(name: str, graph: onnx.GraphProto) -> str:
     """Return ``name``, or one like it that no tensor has."""
-    taken = {tensor for node in graph.node for tensor in [*node.input, *node.output]}
-    taken |= {value.name for value in [*graph.input, *graph.output, *graph.initializer]}
+    taken: set[str] = set()
+    for one in graphs_of(graph):  # those inside of nodes share its names
+        taken |= {tensor for node in one.node for tensor in [*node.input, *node.output]}
+        taken |= {value.name for value in [*one.input, *one.output, *one.initializer]}
     while name in taken:
         name += "_"
     return name

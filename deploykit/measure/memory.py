@@ -34,7 +34,7 @@ def peak_memory_bytes(model: OnnxModel, threads: int, batch_size: int = 32) -> i
         "threads": threads,
         "batch_size": batch_size,
     }
-    command = [sys.executable, "-c", _PROGRAM]
+    command = [sys.executable, "-P", "-c", _PROGRAM]
     # In a session of its own: Ctrl-C is for the caller, who stops at a safe place.
     done = subprocess.run(
         command,

@@ -198,7 +198,7 @@ class Crew:
             settings = replace(self.settings, bundles=tuple(map(str, bundles)))
             descriptors = (self.listener.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "deploykit.server.worker"),
+                *(sys.executable, "-P", "-m", "deploykit.server.worker"),
                 *map(str, (*descriptors, os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=descriptors,
