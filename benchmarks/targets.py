@@ -30,7 +30,7 @@ from deploykit.errors import DeploykitError
 from deploykit.measure import measure_latency
 from deploykit.run_folder import RunFolder
 from deploykit.ship import export_run
-from deploykit.targets import TARGETS, resolve_target, why_not_here
+from deploykit.targets import TARGETS, about_integers, resolve_target, why_not_here
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "recipes/cifar10_resnet20.yaml"
@@ -83,11 +83,6 @@ class Refused:
     name: str
     target: str
     why: str
-
-    @property
-    def counts(self) -> bool:
-        """Whether it is a fault: integers of another kind of CPU may be provable only there."""
-        return not self.target.startswith("cpu-") or why_not_here(TARGETS[self.target]) is None
 
 
 def float_row(run: RunFolder, report: JsonDict) -> Row:
@@ -224,12 +219,14 @@ def table_of(
         yield f"| {one.name} | {one.target} | null | null | null | null | null |"
 
 
-def why_null(
+def remarks(
     rows: Sequence[Row], timed: Mapping[str, Latencies], refused: Sequence[Refused]
 ) -> Iterator[str]:
-    """Say of each figure that was not taken why it was not."""
+    """Say of each figure that was not taken why it was not, and which integers are others' own."""
     yield from (f"{one.name}: null: it could not be made here: {one.why}." for one in refused)
     for row in rows:
+        if told := about_integers(TARGETS[row.target]):
+            yield f"{row.name}: {told}."
         if row.name not in timed:
             why = why_not_here(TARGETS[row.target])
             none = " and playwright or Chromium is missing here" if row.target == "web" else ""
@@ -249,7 +246,7 @@ def figures_of(
     figures = [
         Figure(
             "targets that it could not be made for",
-            sum(one.counts for one in refused),
+            len(refused),
             "{:d}",
             at_most=0,
         ),
@@ -293,7 +290,7 @@ def main() -> int:
             timed |= {} if in_browser is None else {"web": in_browser}
         started = start_up(export_run(path, folder / "here.zip", format="zip"), folder)
         checkpoint_bytes = (run.candidate("train") / "model.safetensors").stat().st_size
-        details = [*table_of(rows, timed, refused), "", *why_null(rows, timed, refused)]
+        details = [*table_of(rows, timed, refused), "", *remarks(rows, timed, refused)]
         figures = figures_of(rows, timed, refused, checkpoint_bytes, started)
     return publish(
         "targets",

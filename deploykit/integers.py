@@ -10,7 +10,7 @@ from deploykit.mixed_precision import Mixture, fastest_mixture
 from deploykit.prune import align_widths
 from deploykit.quantize import calibrate, calibration_rows, train_quantized
 from deploykit.stages import Stage
-from deploykit.targets import can_be_profiled, resolve_target
+from deploykit.targets import about_integers, can_be_profiled, integers_for, resolve_target
 from deploykit.work import Work, as_fed, latency_of, proved
 
 DEFAULT_MAX_DROP = 0.01  # what ptq may cost in mode auto where no budget says so
@@ -20,13 +20,16 @@ def quantize_stage(work: Work, before: Stage, baseline: Stage) -> tuple[Stage, s
     """Calibrate or train, as the mode says; ``auto`` trains only where calibrating costs more."""
     recipe, section = work.recipe, work.recipe.quantize
     assert section is not None
-    target, started = resolve_target(recipe.target), time.monotonic()
+    wanted, started = resolve_target(recipe.target), time.monotonic()
+    target = integers_for(wanted)
     rows = calibration_rows(len(work.dataset.train), section, recipe.seed)
     samples = work.home.save_calibration(work.dataset.train.load, rows)
     why = f"the recipe asks for {section.mode}"
     whole, rounder = _aligned(work, before.candidate)
     mixture = _mixture(work, whole)
-    told, keep_float = rounder + mixture.told, (*section.keep_float, *mixture.keep_float)
+    narrower = f"; {about}" if (about := about_integers(wanted)) else ""
+    told = rounder + mixture.told + narrower
+    keep_float = (*section.keep_float, *mixture.keep_float)
     if section.mode != "qat":
         stage = proved(
             work,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ import onnxruntime
 
 from deploykit import runtime
 from deploykit.errors import ExportError, VerificationError, first_line
+from deploykit.tools import load_tool
 
+TOOL = "onnxruntime.tools.ort_format_model"
 MODEL, OPERATORS = "mobile/model.ort", "mobile/required_operators.config"
 # Its blocks of channels are those of the CPU that writes the file.
 FIXED_TO_THIS_CPU = ["NchwcTransformer"]
@@ -79,7 +80,7 @@ def _convert(model: bytes, path: Path) -> None:
 
 def _operators(path: Path) -> bytes:
     """Return the list of operators, without the place of the model that it was made from."""
-    tool = _load_tool()
+    tool = load_tool(TOOL)
     listed = path.with_suffix(".config")
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # it tells where it writes
@@ -100,7 +101,7 @@ def in_order(data: bytes) -> bytes:
     hash map that another process has otherwise. All behind it stays as it stands: places in a
     FlatBuffer count from its end (https://flatbuffers.dev/internals).
     """
-    _load_tool()
+    load_tool(TOOL)
     flatbuffers = importlib.import_module("flatbuffers")
     fbs = {name: importlib.import_module(f"ort_flatbuffers_py.fbs.{name}") for name in TABLES}
     root = fbs["InferenceSession"].InferenceSession.GetRootAs(data, 0)
@@ -164,12 +165,3 @@ def _vector(builder: Any, places: Sequence[int]) -> int:
     for place in reversed(places):
         builder.PrependUOffsetTRelative(place)
     return int(builder.EndVector())
-
-
-def _load_tool() -> Any:
-    """Import ONNX Runtime's reader of its format, which puts a folder on the module path."""
-    before = list(sys.path)
-    try:
-        return importlib.import_module("onnxruntime.tools.ort_format_model")
-    finally:
-        sys.path[:] = before

@@ -8,7 +8,6 @@ alone are worth storing in two bytes: half the file, and the speed of float32.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from deploykit.artifacts import Candidate
 from deploykit.quantization.operators import NORM
+from deploykit.tools import load_tool
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,11 @@ def convert_floats(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
             ``bf16`` store the weights so and compute in float32.
     """
     if precision == "fp16":
-        return _sorted(_fp16_converter()(proto, keep_io_types=True))
+        converter = load_tool("onnxruntime.transformers.float16")
+        return _sorted(converter.convert_float_to_float16(proto, keep_io_types=True))
     if precision in STORED:
         _store(proto.graph, *STORED[precision])
     return proto
-
-
-def _fp16_converter() -> Any:
-    """Import ONNX Runtime's converter; its package puts its own folder on the module path."""
-    path = list(sys.path)
-    try:
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-    finally:
-        sys.path[:] = path
-    return convert_float_to_float16
 
 
 def _sorted(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -136,6 +136,7 @@ def _shipped(final: Stage, recipe: Recipe) -> JsonDict:
         "signature": final.model.signature.to_json(),
         "opset": final.model.opset,
         "target": resolve_target(recipe.target).name,
+        "integers": quantization.get("target"),
         "quantized": bool(quantization),
         "precision": precision_of(final.candidate),
         "mode": quantization.get("mode"),

@@ -22,7 +22,13 @@ from deploykit.publish import refuse_existing
 from deploykit.recipe.sections import Recipe
 from deploykit.run_folder import RunFolder
 from deploykit.runtime import open_session, run_model
-from deploykit.targets import Target, integers_for, resolve_target, suited_targets
+from deploykit.targets import (
+    Target,
+    about_integers,
+    integers_for,
+    resolve_target,
+    suited_targets,
+)
 
 # A golden answer may differ by this many steps of the output on another CPU of the target.
 GOLDEN_STEPS = 2.0
@@ -90,14 +96,17 @@ def export_run(
     recipe, report = folder.recipe(), _finished(folder)
     shipped = report["details"]["model"]
     made_for = resolve_target(shipped["target"])
+    integers = resolve_target(shipped.get("integers") or shipped["target"])
     wanted = made_for if target is None else resolve_target(target)
     # Where the recipe asks for the same, what the run found to pay is what ships.
     precision = recipe.precision_on(wanted)
     if precision == recipe.precision_on(made_for):
         precision = shipped["precision"]
     fits = precision == shipped["precision"] and (
-        precision != "int8" or wanted.scheme == made_for.scheme or _is_proven_for(wanted, made_for)
+        precision != "int8" or _ship_as_they_are(integers, wanted)
     )
+    if progress is not None and precision == "int8" and (told := about_integers(wanted)):
+        progress.message(told)
     with TemporaryDirectory(prefix="deploykit-") as scratch:
         if fits:
             shipment = _as_measured(folder, report, here=wanted == made_for)
@@ -122,7 +131,7 @@ def export_run(
             measured_on=shipment.measured_on,
             verified_on={
                 **shipment.verified_on,
-                "targets": suited_targets(precision, made_for if fits else integers_for(wanted)),
+                "targets": suited_targets(precision, integers if fits else integers_for(wanted)),
             },
             tolerance=_tolerance(shipment.parity),
             golden=shipment.golden,
@@ -167,14 +176,15 @@ def companions(target: Target, *, native: bool, mobile: bool) -> list[Companion]
     return found
 
 
-def _is_proven_for(wanted: Target, made_for: Target) -> bool:
-    """Whether integers of another scheme ship as they are.
+def _ship_as_they_are(integers: Target, wanted: Target) -> bool:
+    """Whether integers that were made for one target ship to another.
 
-    A browser computes like no CPU in particular: what is right on this one is right there, and
-    has been trained and measured, where a model made anew is calibrated only, and cannot be proven
-    on a CPU whose sums it overflows.
+    They do where a model made anew would have the same. A browser computes like no CPU in
+    particular: what is right there has been trained and measured, and is not calibrated anew.
     """
-    return wanted.name == "web" and wanted.takes_integers_of(made_for)
+    if integers.scheme in {wanted.scheme, integers_for(wanted).scheme}:
+        return True
+    return wanted.name == "web" and wanted.takes_integers_of(integers)
 
 
 def _as_measured(folder: RunFolder, report: JsonDict, *, here: bool) -> Shipment:

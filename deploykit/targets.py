@@ -100,13 +100,25 @@ def resolve_target(name: str) -> Target:
 def integers_for(target: Target) -> Target:
     """Return the target whose integers are made for ``target`` on this machine.
 
-    A browser takes what is right for any CPU. Where this one would overflow the sums of 8-bit
-    weights, and so could prove none, it gets this one's.
+    Where this CPU would overflow the sums of 8-bit weights, and so could prove none, it is this
+    one's, if they are right on ``target`` too: a bit of the weights is given for the proof.
     """
     from deploykit.runtime import detect_cpu
 
     here = TARGETS.get(detect_cpu(), target)
-    return here if target.name == "web" and not here.takes_integers_of(target) else target
+    provable = here.takes_integers_of(target) or not target.takes_integers_of(here)
+    return target if provable else here
+
+
+def about_integers(target: Target) -> str:
+    """Say that integers for ``target`` have fewer bits here than there; nothing where not."""
+    made = integers_for(target)
+    if made.weight_bits == target.weight_bits:
+        return ""
+    return (
+        f"weights of {made.weight_bits} bits, right on {target.name} too: this CPU ({made.name}) "
+        f"would overflow the sums of {target.weight_bits} bits, and cannot prove them"
+    )
 
 
 def suited_targets(precision: str, made_for: Target) -> list[str]:

@@ -42,7 +42,7 @@ from deploykit.foreign.pixels import Normalization, take_pixels
 from deploykit.measure import measure_latency
 from deploykit.measure.latency import Latency
 from deploykit.runtime import detect_cpu
-from deploykit.targets import TARGETS, why_not_here
+from deploykit.targets import TARGETS, about_integers, why_not_here
 
 HERE = TARGETS[detect_cpu()]
 METHODS = integers.METHODS
@@ -311,6 +311,7 @@ def test_browsers_get_integers_that_this_cpu_can_prove(tmp_path):
     out, manifest = exported(tmp_path, quantize="ptq", target="web")
     assert (manifest["target"], "index.html" in manifest["files"]) == ("web", True)
     assert {HERE.name, "web"} <= set(manifest["verified_on"]["targets"])
+    assert about_integers(TARGETS["web"]) in manifest["measured"]["decision"]
     assert verify_bundle(out) == manifest
 
 

@@ -5,7 +5,14 @@ import pytest
 from deploykit import targets
 from deploykit.errors import UsageError
 from deploykit.runtime import cpu_flags, detect_cpu
-from deploykit.targets import TARGETS, integers_for, resolve_target, suited_targets, why_not_here
+from deploykit.targets import (
+    TARGETS,
+    about_integers,
+    integers_for,
+    resolve_target,
+    suited_targets,
+    why_not_here,
+)
 
 PLAIN = {"sse2", "avx", "avx2", "fma"}
 
@@ -41,6 +48,21 @@ def test_machine_that_is_no_target_is_told(monkeypatch):
         resolve_target("cpu")
     assert resolve_target("cpu-arm64").name == "cpu-arm64"
     assert integers_for(TARGETS["web"]) == TARGETS["web"]
+
+
+@pytest.mark.parametrize("flags", [PLAIN, PLAIN | {"avx512_vnni"}])
+def test_integers_are_made_as_wide_as_this_cpu_can_prove(monkeypatch, flags):
+    monkeypatch.setattr("deploykit.runtime.cpu_flags", lambda: flags)
+    monkeypatch.setattr("deploykit.runtime.platform.machine", lambda: "x86_64")
+    narrow = "avx512_vnni" not in flags
+    for name in ("cpu-x86-vnni", "cpu-arm64", "web"):
+        target = TARGETS[name]
+        assert integers_for(target) == (TARGETS["cpu-x86-avx2"] if narrow else target)
+        assert bool(about_integers(target)) is narrow
+        assert target.takes_integers_of(integers_for(target))
+    for name in ("cpu-x86-avx2", "tensorrt", "cuda"):  # its own; what nothing here is right for
+        assert integers_for(TARGETS[name]) == TARGETS[name]
+        assert about_integers(TARGETS[name]) == ""
 
 
 def test_flags_are_read_once_and_from_one_core():

@@ -151,16 +151,15 @@ def test_one_altered_weight_fails_and_its_layer_is_named(exported, tmp_path, lay
     assert caught.value.report["max_steps"] > 0.25
 
 
-@pytest.mark.parametrize(("name", "elsewhere"), [("web", True), ("tensorrt", False)])
-def test_weights_that_may_overflow_here_are_told(floating, tmp_path, monkeypatch, name, elsewhere):
+@pytest.mark.parametrize("name", ["web", "tensorrt"])
+def test_weights_that_may_overflow_here_are_told(floating, tmp_path, monkeypatch, name):
     candidate = calibrate(floating[0], PIXELS, target=TARGETS[name])
     model = export_onnx(candidate, tmp_path / "int8.onnx", name="tiny")
     broken = altered((candidate, model), tmp_path / "broken.onnx", "fc", turn)
     monkeypatch.setattr("deploykit.runtime.detect_cpu", lambda *_: "cpu-x86-avx2")
     told = r"8 bits can overflow the sums of this CPU \(cpu-x86-avx2\): verify it on x86 with VNNI"
-    with pytest.raises(VerificationError, match=told) as caught:
+    with pytest.raises(VerificationError, match=told):
         parity_of(broken)
-    assert ("or set target=cpu-x86-avx2" in str(caught.value)) == elsewhere
 
 
 @pytest.mark.parametrize("layer", ["l1", "l2", "fc"])

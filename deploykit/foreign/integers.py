@@ -8,10 +8,8 @@ off their values is tried: `METHODS`.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from onnx import TensorProto
 from deploykit.errors import CompressionError, first_line
 from deploykit.foreign.pixels import Normalization
 from deploykit.targets import Target
+from deploykit.tools import load_tool
 from deploykit.trim import graphs_of, trim
 
 BATCH_SIZE = 16
@@ -189,15 +188,6 @@ def holds_integers(proto: onnx.ModelProto) -> bool:
         for graph in graphs_of(proto.graph)
         for node in graph.node
     )
-
-
-def load_tool(module: str) -> Any:
-    """Import one of ONNX Runtime's tools; some put their own folder on the module path."""
-    path = list(sys.path)
-    try:
-        return importlib.import_module(module)
-    finally:
-        sys.path[:] = path
 
 
 @contextmanager

@@ -27,7 +27,13 @@ from deploykit.measure import Evaluation, Latency, evaluate_onnx, measure_latenc
 from deploykit.precision import EXACTNESS
 from deploykit.recipe.sections import QuantizeSection
 from deploykit.statistics import paired_drop
-from deploykit.targets import Target, integers_for, resolve_target, why_not_here
+from deploykit.targets import (
+    Target,
+    about_integers,
+    integers_for,
+    resolve_target,
+    why_not_here,
+)
 
 FEW = 8  # samples that tell of single values
 FLOAT_REFERENCE = {"session.disable_quant_qdq": "1"}  # pairs stay, and floats between them
@@ -104,6 +110,8 @@ def make(
         f"{other.precision} costs {lost:.2%} of validation accuracy "
         f"(95%: {low:.2%} to {high:.2%}), {max_drop:.2%} allowed"
     )
+    if other.precision == "int8" and (told := about_integers(target)):
+        cost += f"; {told}"
     demanded = quantize != "auto" or target.precision == "fp16"
     if demanded and lost > max_drop:
         raise BudgetError(
