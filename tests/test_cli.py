@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interrupted import interrupted
 from tiny_bundle import make_bundle
 from tiny_run import CALIBRATED, snapshot
 
@@ -192,16 +193,8 @@ def test_interrupt_amid_the_imports_ends_quietly(tmp_path):
     (tmp_path / "typer.py").write_text(
         "import time; print('importing', flush=True); time.sleep(60)"
     )
-    command = subprocess.Popen(
-        [sys.executable, "-m", "deploykit", "doctor"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert command.stdout.readline() == b"importing\n"
-    command.send_signal(signal.SIGINT)
-    assert command.communicate(timeout=20)[1] == b""
-    assert command.returncode == -signal.SIGINT
+    command = [sys.executable, "-m", "deploykit", "doctor"]
+    assert interrupted(command, PYTHONPATH=str(tmp_path)) == (-signal.SIGINT, b"")
 
 
 def test_sigterm_leaves_nothing_behind(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interrupted import interrupted
 from PIL import Image
 from tiny_bundle import PREPROCESS, make_bundle, png_bytes
 
@@ -423,16 +424,8 @@ def test_interrupt_amid_the_imports_ends_quietly(tiny, tmp_path):
     (tmp_path / "numpy.py").write_text(
         "import time; print('importing', flush=True); time.sleep(60)"
     )
-    command = subprocess.Popen(
-        [sys.executable, str(tiny / "run.py"), "selftest"],
-        env={"PYTHONPATH": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert command.stdout.readline() == b"importing\n"
-    command.send_signal(signal.SIGINT)
-    assert command.communicate(timeout=20)[1] == b""
-    assert command.returncode == -signal.SIGINT
+    command = [sys.executable, tiny / "run.py", "selftest"]
+    assert interrupted(command, PYTHONPATH=str(tmp_path)) == (-signal.SIGINT, b"")
 
 
 def test_absent_provider_is_named():
