@@ -182,9 +182,8 @@ def holds_integers(proto: onnx.ModelProto) -> bool:
     """Whether a model computes in integers already, of whatever kind."""
     return any(
         node.op_type.startswith(("QLinear", "QGemm", "QAttention"))
-        or "QuantizeLinear" in node.op_type
+        or node.op_type.endswith(("QuantizeLinear", "DequantizeLinear"))
         or "Integer" in node.op_type  # ConvInteger, MatMulIntegerToFloat
-        or "DequantizeLinear" in node.op_type
         for graph in graphs_of(proto.graph)
         for node in graph.node
     )
