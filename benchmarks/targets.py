@@ -244,12 +244,7 @@ def figures_of(
     whole, *others = rows
     seconds, importable = started
     figures = [
-        Figure(
-            "targets that it could not be made for",
-            len(refused),
-            "{:d}",
-            at_most=0,
-        ),
+        Figure("targets that it could not be made for", len(refused), "{:d}", at_most=0),
         Figure("unzip, selftest and predict, three packages", seconds, "{:.2f} s", at_most=2),
         Figure("of deploykit and torch importable there", len(importable), "{:d}", at_most=0),
         Figure("torch checkpoint (safetensors)", checkpoint_bytes / 1000, "{:.0f} kB"),

@@ -67,6 +67,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_quickly(monkeypatch)
 
 
+@pytest.fixture
+def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in whose modules are of common names; each that is run leaves a mark."""
+    folder, found = tmp_path / "modules", tmp_path / "marks"
+    folder.mkdir()
+    found.mkdir()
+    for name in ("json", "onnx", "numpy", "resource", "asyncio"):
+        (folder / f"{name}.py").write_text(f"open({str(found / name)!r}, 'w')")
+    monkeypatch.chdir(folder)
+    return found
+
+
 @pytest.fixture(scope="session")
 def served_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One bundle for servers that no test alters."""

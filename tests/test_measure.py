@@ -311,6 +311,11 @@ def test_peak_memory_grows_with_the_model_and_not_with_the_parent(tmp_path):
     assert 30e6 < peaks[1] < 200e6 + ballast[0]
 
 
+def test_files_beside_the_user_are_not_run(identity, marks):
+    assert peak_memory_bytes(identity, threads=1) > 0
+    assert list(marks.iterdir()) == []
+
+
 def test_peak_memory_of_what_is_no_model_is_an_error(identity):
     identity.path.write_bytes(b"")
     with pytest.raises(ModelError, match=r"identity\.onnx: its memory"):

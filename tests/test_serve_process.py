@@ -62,6 +62,12 @@ def put(bundle: Path, place: Path) -> None:
     shutil.copytree(bundle, place)
 
 
+def test_files_beside_the_user_are_not_run(bundle, image, marks, tmp_path):
+    with serving(tmp_path / "s", bundle, program=[PROGRAM[0], "-P", *PROGRAM[1:]]) as server:
+        assert server.request("POST", "/predict", image)[0] == 200
+    assert list(marks.iterdir()) == []
+
+
 class Load:
     """Clients that ask without a pause, each over a connection that it keeps.
 

@@ -157,6 +157,7 @@ def test_another_cpu_gets_the_integers_that_were_measured(tiny_run, tmp_path, de
     if target != tiny_run.report["details"]["model"]["target"]:
         assert manifest["measured_on"] is None
         assert manifest["measured"]["latency_ms"] == {"1": None, "32": None}
+        assert manifest["measured"]["peak_memory_bytes"] is None
 
 
 @slow
